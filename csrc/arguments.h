@@ -1,0 +1,127 @@
+// Reading an operator's arguments: names to enums, shapes, and errors that name the argument, the rule and what came.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "kernels/format.cuh"
+
+namespace sparse24 {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Throws the parts, joined, when `rule` does not hold. Torch turns it into RuntimeError with exactly this text.
+template <class... Parts>
+void require(bool rule, const Parts&... parts) {
+  if (rule) return;
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  return text + "]";
+}
+
+inline const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return "another dtype";
+  }
+}
+
+// The dtype whose tensors hold elements of this type; int4 lies packed in uint8.
+inline ScalarType storage_of(Element element) {
+  switch (element) {
+    case Element::F32:
+      return ScalarType::Float;
+    case Element::F16:
+      return ScalarType::Half;
+    case Element::BF16:
+      return ScalarType::BFloat16;
+    case Element::I8:
+      return ScalarType::Char;
+    default:
+      return ScalarType::Byte;
+  }
+}
+
+inline Element element_of(const std::string& dtype) {
+  if (dtype == "float32") return Element::F32;
+  if (dtype == "float16") return Element::F16;
+  if (dtype == "bfloat16") return Element::BF16;
+  if (dtype == "int8") return Element::I8;
+  require(dtype == "int4", "dtype must be float32, float16, bfloat16, int8 or int4; got ", dtype);
+  return Element::I4;
+}
+
+// The element type of a tensor of weights or values.
+inline Element element_of(const char* argument, ScalarType type) {
+  for (const Element element : {Element::F32, Element::F16, Element::BF16, Element::I8, Element::I4}) {
+    if (type == storage_of(element)) return element;
+  }
+  require(false, argument, " must be float32, float16, bfloat16, int8 or uint8 (packed int4); got ", name_of(type));
+  return Element::F32;
+}
+
+inline Pattern pattern_of(const std::string& pattern) {
+  if (pattern == "2:4") return Pattern::TWO_FOUR;
+  if (pattern == "1:2") return Pattern::ONE_TWO;
+  require(pattern == "pair 4:8", "pattern must be '2:4', '1:2' or 'pair 4:8'; got '", pattern, "'");
+  return Pattern::PAIR_FOUR_EIGHT;
+}
+
+// Checks a canonical pair against in_features and returns the number of rows.
+inline int64_t check_compressed(const Tensor& values, const Tensor& meta, int64_t in_features, Element element,
+                                Pattern pattern) {
+  require(in_features >= 0, "in_features must not be negative; got ", in_features);
+  require(values.scalar_type() == storage_of(element), "values must be ", name_of(storage_of(element)),
+          " for the dtype asked for; got ", name_of(values.scalar_type()));
+  require(meta.scalar_type() == ScalarType::Byte, "meta must be uint8; got ", name_of(meta.scalar_type()));
+  const int64_t columns =
+      values_row_bytes(pattern, element, in_features) * 8 / (element == Element::I4 ? 8 : element_bits(element));
+  require(values.dim() == 2 && values.size(1) == columns, "values must be [N, ", columns, "] for in_features = ",
+          in_features, "; got ", shape_of(values));
+  const int64_t rows = values.size(0), bytes = meta_row_bytes(pattern, in_features);
+  require(meta.dim() == 2 && meta.size(0) == rows && meta.size(1) == bytes, "meta must be [", rows, ", ", bytes,
+          "] to match values ", shape_of(values), " and in_features = ", in_features, "; got ", shape_of(meta));
+  require(values.device() == meta.device(), "values and meta must be on one device; got two");
+  return rows;
+}
+
+// Contiguous, without a copy where it already is.
+inline Tensor dense_rows(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
+  return torch::stable::empty({shape.begin(), shape.size()}, type, std::nullopt, like.device());
+}
+
+}  // namespace sparse24

@@ -1,0 +1,45 @@
+// Finds the instruction sets of this machine and keeps the one in use (isa.h).
+#include "csrc/cpu/isa.h"
+
+#include <atomic>
+
+namespace sparse24::cpu {
+namespace {
+
+Isa detect() {
+#if defined(__x86_64__)
+  // These ask the operating system too: without its support for the registers they say no.
+  __builtin_cpu_init();
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+        __builtin_cpu_supports("bmi2"))) {
+    return Isa::PORTABLE;
+  }
+  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+        __builtin_cpu_supports("avx512vnni"))) {
+    return Isa::AVX2;
+  }
+  return __builtin_cpu_supports("avx512bf16") ? Isa::AVX512_BF16 : Isa::AVX512;
+#else
+  return Isa::PORTABLE;
+#endif
+}
+
+std::atomic<Isa>& active() {
+  static std::atomic<Isa> isa{best_isa()};
+  return isa;
+}
+
+}  // namespace
+
+Isa best_isa() {
+  static const Isa isa = detect();
+  return isa;
+}
+
+Isa active_isa() { return active().load(std::memory_order_relaxed); }
+
+void force_isa(Isa isa) { active().store(isa, std::memory_order_relaxed); }
+
+}  // namespace sparse24::cpu

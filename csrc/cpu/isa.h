@@ -1,0 +1,17 @@
+// Which instruction set the CPU kernels use: the best the machine has, unless a caller forces a lesser one.
+#pragma once
+
+namespace sparse24::cpu {
+
+enum class Isa {
+  PORTABLE,     // plain C++
+  AVX2,         // AVX2, FMA, F16C, BMI2
+  AVX512,       // F, BW, VL, DQ, VBMI, VBMI2, VNNI (Ice Lake, Zen 4)
+  AVX512_BF16,  // AVX512 and BF16 (Zen 4, Cooper Lake, Sapphire Rapids)
+};
+
+Isa best_isa();           // what this machine can run
+Isa active_isa();         // what the kernels use now
+void force_isa(Isa isa);  // process-wide; the caller has checked isa <= best_isa()
+
+}  // namespace sparse24::cpu

@@ -1,0 +1,39 @@
+// y = activation(x W^T + bias) on the CPU, W in 2:4 and in the packed form of this family. No torch.
+#pragma once
+#include <cstdint>
+
+#include "kernels/format.cuh"
+
+namespace sparse24::cpu {
+
+enum class Activation { NONE, RELU, GELU, GELU_TANH, SILU };
+
+// Size in bytes of the packed form of W [out_features, in_features], element F32, F16, BF16 or I8.
+int64_t packed_bytes(Element element, int64_t out_features, int64_t in_features);
+
+// Canonical <-> packed, exact to the bit both ways; memory-safe for any bytes.
+void pack(const void* values, const uint8_t* meta, Element element, int64_t out_features, int64_t in_features,
+          uint8_t* packed);
+void unpack(const uint8_t* packed, Element element, int64_t out_features, int64_t in_features, void* values,
+            uint8_t* meta);
+
+struct Linear {
+  const void* x;           // [tokens, in_features], F32, F16 or BF16, unit inner stride
+  int64_t x_stride;        // elements between rows of x, may be any value
+  Element x_element;       // F32, F16 or BF16; also the type of y
+  const uint8_t* packed;   // W, 64-byte aligned
+  Element weight_element;  // F32, F16, BF16 or I8
+  const float* scales;     // [out_features] for I8 weights, else null
+  const void* bias;        // [out_features], or null
+  Element bias_element;    // F32, F16 or BF16
+  Activation activation;
+  void* y;               // [tokens, out_features]
+  int64_t y_stride;      // elements between rows of y
+  int64_t tokens;        // M
+  int64_t out_features;  // N
+  int64_t in_features;   // K
+};
+
+void linear(const Linear& arguments);
+
+}  // namespace sparse24::cpu

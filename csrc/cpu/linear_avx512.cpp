@@ -1,0 +1,170 @@
+// linear() in AVX-512 without BF16: float products for F32, F16 and BF16 weights, vpdpbusd for I8.
+#include "csrc/cpu/linear_avx512.h"
+
+namespace sparse24::cpu {
+namespace {
+
+// ---- Dot products
+// -----------------------------------------------------------------------------------------------------
+
+// FloatDot::control: the column in its unit that an index names, for each of the four groups of the unit.
+struct FloatTables {
+  uint32_t column[4][16];
+  constexpr FloatTables() : column() {
+    for (int group = 0; group < 4; ++group) {
+      for (int bits = 0; bits < 16; ++bits) column[group][bits] = 4 * group + (bits & 3);
+    }
+  }
+};
+alignas(64) constexpr FloatTables FLOAT_TABLES;
+
+// acc += permute(x, control) * values, one column a lane. Sixteen slots meet two units of 16 columns.
+template <Element ELEMENT>
+struct FloatDot {
+  static constexpr Element WEIGHT = ELEMENT;
+  static constexpr int STEPS = 16, UNIT_STEPS = 8;
+
+  static SPARSE24_INLINE __m512i control(const uint8_t* chunk, int step) {
+    // vpermd looks the low four bits of each lane up; two of them are the index of this slot.
+    const __m512i codes = _mm512_srli_epi32(_mm512_loadu_si512(chunk), 2 * step);
+    return _mm512_permutexvar_epi32(codes, load_here(FLOAT_TABLES.column[step / 2 % 4]));
+  }
+
+  static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
+    const uint8_t* all = chunk + CODES_BYTES;
+    if constexpr (ELEMENT == Element::F32) return _mm512_loadu_si512(all + 64 * step);
+    if constexpr (ELEMENT == Element::F16) {
+      return _mm512_castps_si512(
+          _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(all + 32 * step))));
+    }
+    const __m512i both = _mm512_loadu_si512(all + step / 2 * 64);  // slots step & ~1 (low) and step | 1 (high)
+    return step % 2 == 0 ? _mm512_slli_epi32(both, 16)
+                         : _mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
+  }
+
+  // In assembly, because g++ 12 loads x ahead of the permute and then spills accumulators from 24 rows on (-25 %).
+  static SPARSE24_INLINE void add(__m512i& acc, __m512i control, const uint8_t* x, __m512i values) {
+    __m512i permuted;
+    asm volatile("vpermps %[x], %[control], %[permuted]\n\tvfmadd231ps %[values], %[permuted], %[acc]"
+                 : [acc] "+v"(acc), [permuted] "=&v"(permuted)
+                 : [control] "v"(control), [x] "m"(*reinterpret_cast<const __m512i*>(x)), [values] "v"(values));
+  }
+
+  static SPARSE24_INLINE __m512i sum(__m512i a, __m512i b) {
+    return _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b)));
+  }
+};
+
+// The tables of I8Dot::control. A row's byte of codes holds the four indices of two groups: byte i of a lane takes bits
+// 2 i of it (BITS counts from the start of 64 bits, which two rows share), and its group starts at GROUP.
+struct I8Tables {
+  uint8_t bits[4][64], group[8][64], three[64];
+  constexpr I8Tables() : bits(), group(), three() {
+    for (int i = 0; i < 64; ++i) {
+      three[i] = 3;
+      for (int step = 0; step < 4; ++step) bits[step][i] = static_cast<uint8_t>(i / 4 % 2 * 32 + 8 * step + i % 4 * 2);
+      for (int step = 0; step < 8; ++step) group[step][i] = static_cast<uint8_t>(8 * step + i % 4 / 2 * 4);
+    }
+  }
+};
+alignas(64) constexpr I8Tables I8_TABLES;
+
+// acc += permute(x, control) . values, four columns of two groups a lane, x unsigned.
+struct I8Dot {
+  static constexpr Element WEIGHT = Element::I8;
+  static constexpr int STEPS = 8, UNIT_STEPS = 8;
+
+  static SPARSE24_INLINE __m512i control(const uint8_t* chunk, int step) {
+    const __m512i codes = _mm512_multishift_epi64_epi8(load_here(I8_TABLES.bits[step % 4]),
+                                                       _mm512_loadu_si512(chunk + step / 4 * CODES_BYTES));
+    const __m512i group = load_here(I8_TABLES.group[step]);
+    return _mm512_ternarylogic_epi32(codes, load_here(I8_TABLES.three), group, 0xEA);  // (codes & 3) | group
+  }
+
+  static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
+    return _mm512_loadu_si512(chunk + chunk_codes_bytes(Element::I8) + 64 * step);
+  }
+
+  static SPARSE24_INLINE void add(__m512i& acc, __m512i control, const uint8_t* x, __m512i values) {
+    __m512i permuted;
+    asm volatile("vpermb %[x], %[control], %[permuted]\n\tvpdpbusd %[values], %[permuted], %[acc]"
+                 : [acc] "+v"(acc), [permuted] "=&v"(permuted)
+                 : [control] "v"(control), [x] "m"(*reinterpret_cast<const __m512i*>(x)), [values] "v"(values));
+  }
+
+  static SPARSE24_INLINE __m512i sum(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
+};
+
+// ---- Rows of x
+// --------------------------------------------------------------------------------------------------------
+
+const void* row_of(const Linear& call, int64_t token) {
+  return static_cast<const uint8_t*>(call.x) + token * call.x_stride * (element_bits(call.x_element) / 8);
+}
+
+// As floats; for BF16 weights rounded to bfloat16, as every instruction set does.
+template <bool ROUND_TO_BF16>
+void pack_float_row(const Linear& call, int64_t token, uint8_t* unit, int64_t unit_stride, float*) {
+  const void* row = row_of(call, token);
+  const int64_t columns = chunk_count(Element::F32, call.in_features) * chunk_columns(Element::F32);
+  for (int64_t k = 0; k < columns; k += 16, unit += unit_stride) {
+    __m512 v = load_floats(row, call.x_element, k, first_lanes(call.in_features - k));
+    if (ROUND_TO_BF16) v = _mm512_castsi512_ps(round_to_bf16(v));
+    _mm512_store_ps(unit, v);
+  }
+}
+
+// s = amax / 127, q = clamp(round-to-nearest-even(x / s), -127, 127), stored as q + 128. A row with an Inf or a NaN
+// gets the scale NaN; one whose amax / 127 is 0 gets the scale 1.
+void pack_i8_row(const Linear& call, int64_t token, uint8_t* unit, int64_t unit_stride, float* scale) {
+  const void* row = row_of(call, token);
+  const int64_t in_features = call.in_features;
+
+  // As integers the bits of |x| are in the order of the floats, with Inf above the finite and NaN above Inf.
+  __m512i largest = _mm512_setzero_si512();
+  for (int64_t k = 0; k < in_features; k += 16) {
+    const __m512 v = load_floats(row, call.x_element, k, first_lanes(in_features - k));
+    largest = _mm512_max_epi32(largest, _mm512_castps_si512(_mm512_abs_ps(v)));
+  }
+  const int amax_bits = _mm512_reduce_max_epi32(largest);
+  const bool finite = amax_bits < 0x7f800000;
+  float amax;
+  __builtin_memcpy(&amax, &amax_bits, sizeof amax);
+  *scale = finite ? amax / 127 : __builtin_nanf("");
+  if (*scale == 0) *scale = 1;
+
+  const __m512 divisor = _mm512_set1_ps(*scale);
+  const __m128i offset = _mm_set1_epi8(static_cast<char>(0x80));
+  const int64_t columns = chunk_count(Element::I8, in_features) * chunk_columns(Element::I8);
+  for (int64_t k = 0; k < columns; k += 16) {
+    const __mmask16 mask = finite ? first_lanes(in_features - k) : 0;
+    const __m512 quotient = _mm512_div_ps(load_floats(row, call.x_element, k, mask), divisor);
+    __m512i q = _mm512_cvt_roundps_epi32(quotient, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    q = _mm512_maskz_mov_epi32(mask, q);  // 0 / NaN
+    q = _mm512_max_epi32(_mm512_min_epi32(q, _mm512_set1_epi32(127)), _mm512_set1_epi32(-127));
+    _mm_store_si128(reinterpret_cast<__m128i*>(unit + k / 64 * unit_stride + k % 64),
+                    _mm_xor_si128(_mm512_cvtepi32_epi8(q), offset));
+  }
+}
+
+constexpr Kernels F32_KERNELS{Element::F32, pack_float_row<false>, multiply<FloatDot<Element::F32>>};
+constexpr Kernels F16_KERNELS{Element::F32, pack_float_row<false>, multiply<FloatDot<Element::F16>>};
+constexpr Kernels BF16_KERNELS{Element::F32, pack_float_row<true>, multiply<FloatDot<Element::BF16>>};
+constexpr Kernels I8_KERNELS{Element::I8, pack_i8_row, multiply<I8Dot>};
+
+}  // namespace
+
+const Kernels& avx512_kernels(Element weight_element) {
+  switch (weight_element) {
+    case Element::F16:
+      return F16_KERNELS;
+    case Element::BF16:
+      return BF16_KERNELS;
+    case Element::I8:
+      return I8_KERNELS;
+    default:
+      return F32_KERNELS;
+  }
+}
+
+}  // namespace sparse24::cpu

@@ -1,0 +1,124 @@
+// Sixteen floats at a time in AVX-512: loads and stores of every element type, and the activations. Only for files
+// built with AVX-512: everything is in an anonymous namespace, so that none of it is linked into the portable path.
+#pragma once
+// g++ 12 takes the undefined operand inside its own unmasked intrinsics for a bug (gcc.gnu.org/PR105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include "csrc/cpu/linear.h"
+
+namespace sparse24::cpu {
+namespace {
+
+// The first `count` of 16 lanes; all from 16 on, none at 0 and below.
+SPARSE24_INLINE __mmask16 first_lanes(int64_t count) {
+  return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
+}
+
+// ---- Elements
+// ---------------------------------------------------------------------------------------------------------
+
+// Elements [index, index + 16) of `array` as floats; lanes out of `mask` are not read and become 0.
+SPARSE24_INLINE __m512 load_floats(const void* array, Element element, int64_t index, __mmask16 mask) {
+  if (element == Element::F32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(array) + index);
+  const __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(array) + index);
+  if (element == Element::F16) return _mm512_cvtph_ps(half);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+// The bfloat16 nearest to each lane, ties to even, in the high half of its 32 bits. Like vcvtneps2bf16, but subnormals
+// are kept, and it needs no AVX512_BF16.
+SPARSE24_INLINE __m512i round_to_bf16(__m512 v) {
+  const __m512i bits = _mm512_castps_si512(v), high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x00400000));  // a NaN must not round to Inf
+  return _mm512_and_si512(_mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet), high);
+}
+
+SPARSE24_INLINE void store_floats(void* array, Element element, int64_t index, __mmask16 mask, __m512 v) {
+  if (element == Element::F32) return _mm512_mask_storeu_ps(static_cast<float*>(array) + index, mask, v);
+  const __m256i half = element == Element::F16 ? _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+                                               : _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_to_bf16(v), 16));
+  _mm256_mask_storeu_epi16(static_cast<uint16_t*>(array) + index, mask, half);
+}
+
+// ---- Activations
+// ------------------------------------------------------------------------------------------------------
+
+template <int COUNT>
+SPARSE24_INLINE __m512 polynomial(__m512 t, const float (&coefficients)[COUNT]) {  // the constant term first
+  __m512 sum = _mm512_set1_ps(coefficients[COUNT - 1]);
+#pragma GCC unroll 16
+  for (int i = COUNT - 2; i >= 0; --i) sum = _mm512_fmadd_ps(sum, t, _mm512_set1_ps(coefficients[i]));
+  return sum;
+}
+
+// exp(z + small) for z <= 0 and |small| <= 2^-17, within 1 ulp and a subnormal where exp is one. For NaN it is
+// exp(-110), which is 0: callers multiply by the NaN.
+SPARSE24_INLINE __m512 exp_negative(__m512 z, __m512 small) {
+  z = _mm512_max_ps(z, _mm512_set1_ps(-110));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(z, _mm512_set1_ps(0x1.715476p+0f)),
+                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  // ln 2 in two parts, the first short enough for n * part to be exact.
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.62e400p-1f), z);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.7f7d1cp-20f), r);
+  r = _mm512_add_ps(r, small);
+  // exp on |r| <= ln(2) / 2: minimax with the first two terms fixed, relative error 2^-27.
+  constexpr float EXP[] = {1, 1, 0.49999994f, 0.166665196f, 0.0416684002f, 0.00836885069f, 0.00138143206f};
+  return _mm512_scalef_ps(polynomial(r, EXP), n);
+}
+
+// x times the logistic function of z: for z >= 0, x / (1 + exp(-z)); below, x exp(z) / (1 + exp(z)).
+SPARSE24_INLINE __m512 times_logistic(__m512 x, __m512 z) {
+  const __m512 one = _mm512_set1_ps(1), zero = _mm512_setzero_ps();
+  const __m512 e = exp_negative(_mm512_sub_ps(zero, _mm512_abs_ps(z)), zero);
+  const __m512 numerator = _mm512_mask_mov_ps(one, _mm512_cmp_ps_mask(z, zero, _CMP_LT_OQ), e);
+  return _mm512_mul_ps(x, _mm512_div_ps(numerator, _mm512_add_ps(one, e)));
+}
+
+// x Phi(x), Phi the normal distribution: erfc rather than 1 + erf, which would cancel for x < 0.
+// With a = |x|: Phi(-a) = exp(-a^2 / 2) erfcx(a / sqrt 2) / 2, and the second factor is t Q(t), t = 1 / (1 + 0.27 a),
+// fitted for least relative error (2^-25) on [0, 15]; beyond that Phi(-a) is 0 in float.
+SPARSE24_INLINE __m512 gelu(__m512 x) {
+  constexpr float Q[] = {0.107721008f,   0.10753727f,  0.101848587f,  0.0719082355f, 0.108142763f,
+                         -0.0696509629f, 0.170156375f, -0.126658812f, 0.0289955381f};
+  const __m512 one = _mm512_set1_ps(1);
+  const __m512 a = _mm512_min_ps(_mm512_abs_ps(x), _mm512_set1_ps(15));  // NaN gives 15; the last product gives NaN
+  const __m512 square = _mm512_mul_ps(a, a);
+  const __m512 square_error = _mm512_fmsub_ps(a, a, square);
+  const __m512 minus_half = _mm512_set1_ps(-0.5f);
+  const __m512 e = exp_negative(_mm512_mul_ps(minus_half, square), _mm512_mul_ps(minus_half, square_error));
+  const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(a, _mm512_set1_ps(0.27f), one));
+  const __m512 tail = _mm512_mul_ps(e, _mm512_mul_ps(t, polynomial(t, Q)));
+  const __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
+  return _mm512_mul_ps(x, _mm512_mask_sub_ps(tail, static_cast<__mmask16>(~negative), one, tail));
+}
+
+// x / 2 (1 + tanh u) = x logistic(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3).
+SPARSE24_INLINE __m512 gelu_tanh(__m512 x) {
+  const __m512 slope =
+      _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.0713548162726f), _mm512_set1_ps(1.59576912161f));
+  return times_logistic(x, _mm512_mul_ps(x, slope));
+}
+
+SPARSE24_INLINE __m512 activate(Activation activation, __m512 x) {
+  switch (activation) {
+    case Activation::RELU:
+      return _mm512_max_ps(_mm512_setzero_ps(), x);  // the second operand where either is NaN
+    case Activation::GELU:
+      return gelu(x);
+    case Activation::GELU_TANH:
+      return gelu_tanh(x);
+    case Activation::SILU:
+      return times_logistic(x, x);
+    default:
+      return x;
+  }
+}
+
+}  // namespace
+}  // namespace sparse24::cpu

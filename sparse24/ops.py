@@ -1,0 +1,322 @@
+"""The operators, as functions: prune, compress, check and multiply 2:4 weights.
+
+Each function is a thin door to an operator of the same name in ``torch.ops.sparse24`` (csrc/ops.cpp), where the
+arguments are checked. ``weight`` is [N, K]; its element type is float32, float16, bfloat16, int8, or uint8 for packed
+int4 (two columns a byte, the even one in the low half; then K is twice the number of bytes). ``pattern`` is "2:4" (two
+of four adjacent columns stay), "1:2" (one of each two) or "pair 4:8" (two of four adjacent pairs of columns).
+docs/format.md gives ``values`` and ``meta`` bit by bit; sparse24/reference.py says the same in plain Python.
+
+Accuracy and rounding rules are those of docs/format.md; every error is a RuntimeError that names the argument, the
+rule and what came.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_LIBRARY = Path(__file__).with_name("_C.so")
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
+    raise ImportError(f"sparse24 needs torch >= 2.11; this is torch {torch.__version__}")
+if not _LIBRARY.exists():
+    raise ImportError(f"{_LIBRARY} is missing: build it with `make build`, or install the wheel")
+torch.ops.load_library(_LIBRARY)
+_ops = torch.ops.sparse24
+if not _ops.device_archs():
+    warnings.warn("this build of sparse24 has no device code: CUDA tensors are refused", stacklevel=2)
+
+PATTERNS = ("2:4", "1:2", "pair 4:8")
+
+_NAMES = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.int8: "int8",
+    torch.int4: "int4",
+    torch.uint8: "int4",  # how int4 lies in memory
+}
+
+_AUTOCAST_DEVICES = ("cpu", "cuda")  # asking about another, such as meta, raises
+
+ACTIVATIONS = {
+    "none": lambda y: y,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return _NAMES.get(dtype, str(dtype))  # the operator refuses a name it does not know
+
+
+# ---- Format ----------------------------------------------------------------------------------------------------------
+
+
+def prune_mask(weight: Tensor, pattern: str = "2:4") -> Tensor:
+    """Which entries magnitude pruning keeps: bool [N, K], True where the entry stays.
+
+    Of each group the two largest |x| stay (1:2: the larger of each half; pair 4:8: the two pairs with the largest
+    |a| + |b|). Of equals the lower index stays. NaN ranks largest.
+    """
+    return _ops.prune_mask(weight, pattern)
+
+
+def compress(weight: Tensor, pattern: str = "2:4") -> tuple[Tensor, Tensor]:
+    """values, meta of a weight that fits the pattern already. Nothing is ever dropped.
+
+    Returns values [N, 2 * ceil(K / 4)] (pair 4:8: [N, 4 * ceil(K / 8)]; int4: half as many bytes) and meta
+    uint8 [N, ceil(groups / 2)].
+    Raises RuntimeError on a weight that does not fit, naming the first row, its group and the values there. Nonzero
+    means x != 0 or NaN, so -0.0 counts as zero.
+    """
+    return _ops.compress(weight, pattern)
+
+
+def prune_compress(weight: Tensor, pattern: str = "2:4") -> tuple[Tensor, Tensor]:
+    """compress(torch.where(prune_mask(weight), weight, 0)), in one pass over the weight."""
+    return _ops.prune_compress(weight, pattern)
+
+
+def decompress(
+    values: Tensor, meta: Tensor, *, in_features: int, dtype: torch.dtype | None = None, pattern: str = "2:4"
+) -> Tensor:
+    """The dense weight [N, in_features] (int4: uint8 [N, ceil(in_features / 2)]); the inverse of compress.
+
+    dtype: the element type; by default that of values, and torch.int4 for uint8. Differentiable in float values.
+    On the CPU the metadata is checked first, as by validate(). On CUDA it is not (that would wait for the device):
+    illegal codes give wrong numbers there, never an access out of bounds.
+    """
+    return _ops.decompress(values, meta, in_features, _name(dtype or values.dtype), pattern)
+
+
+def validate(
+    values: Tensor, meta: Tensor, *, in_features: int, dtype: torch.dtype | None = None, pattern: str = "2:4"
+) -> None:
+    """Raises RuntimeError unless values and meta are a legal pair, naming the first row and group that are not.
+
+    Legal: shapes as compress() makes them; every code names two units in increasing order (1:2: one of each half); the
+    unused half of a row's last byte is 0; slots beyond in_features hold +0.
+    """
+    _ops.validate(values, meta, in_features, _name(dtype or values.dtype), pattern)
+
+
+def columns_of(meta: Tensor, *, in_features: int, pattern: str = "2:4") -> Tensor:
+    """The column each entry of values came from: int64, of the shape of (unpacked) values; beyond in_features too."""
+    pair = pattern == "pair 4:8"
+    groups = -(-in_features // (8 if pair else 4))
+    codes = torch.stack([meta & 15, meta >> 4], dim=-1).flatten(1)[:, :groups].long()
+    units = torch.stack([codes & 3, codes >> 2], dim=-1) + 4 * torch.arange(groups, device=meta.device)[:, None]
+    if pair:
+        units = torch.stack([2 * units, 2 * units + 1], dim=-1)
+    return units.flatten(1)
+
+
+# ---- Linear ----------------------------------------------------------------------------------------------------------
+
+
+def pack(values: Tensor, meta: Tensor, *, in_features: int) -> Tensor:
+    """The same weight in the order of the CPU kernels: one uint8 tensor, aligned to 64 bytes.
+
+    values: float32, float16, bfloat16 or int8, in 2:4 or 1:2. Exact; unpack() is its inverse. Metadata is not checked
+    (validate() does that), yet whatever it holds, nothing is read or written out of bounds.
+    """
+    return _ops.pack(values, meta, in_features)
+
+
+def unpack(packed: Tensor, *, out_features: int, in_features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """values, meta of a packed weight of element type `dtype`, exact to the bit."""
+    return _ops.unpack(packed, out_features, in_features, _name(dtype))
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None = None,
+    scales: Tensor | None = None,
+    *,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+    activation: str = "none",
+) -> Tensor:
+    """activation(x @ W.T + bias) with W packed; x [..., in_features] float32, float16 or bfloat16, any row stride.
+
+    dtype: element type of W. For int8, scales is float32 [out_features], and each row of x is quantised on the way:
+    s = amax / 127 (1 for a row of zeros), q = clamp(round_half_even(x / s), -127, 127), y = sum(q * w) * (s * scales)
+    + bias; a row that is not finite gives NaN.
+    bias: [out_features], any float dtype. activation: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
+    Returns y [..., out_features] in the dtype of x. Under autocast x is cast first, as for F.linear.
+    Differentiable in x and bias; W is frozen (int8: the gradient passes straight through the rounding of x).
+    Error before the activation: |y - ref| <= (K + 2) 2^-24 (|x| |W|^T + |bias|) + u |ref|, u half an ulp of y's dtype;
+    a bfloat16 W rounds x to bfloat16 on machines with AVX512_BF16. Dropped entries of W contribute nothing, so 0 * Inf
+    there gives no NaN.
+    """
+    device = x.device.type
+    if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device) and x.is_floating_point():
+        x = x.to(torch.get_autocast_dtype(device))
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        y = _ops.linear(x, packed, bias, scales, out_features, in_features, _name(dtype), "none")
+        if activation not in ACTIVATIONS:
+            raise RuntimeError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+        return ACTIVATIONS[activation](y)
+    return _ops.linear_inference(x, packed, bias, scales, out_features, in_features, _name(dtype), activation)
+
+
+# ---- Instruction sets ------------------------------------------------------------------------------------------------
+
+
+def cpu_isa() -> str:
+    """The instruction set the CPU kernels use: "portable", "avx2", "avx512" or "avx512_bf16"."""
+    return _ops.cpu_isa()
+
+
+@contextmanager
+def force_cpu_isa(isa: str) -> Iterator[None]:
+    """Within the block, all threads' CPU kernels use `isa`. Raises RuntimeError if this machine cannot run it."""
+    before = cpu_isa()
+    _ops.force_cpu_isa(isa)
+    try:
+        yield
+    finally:
+        _ops.force_cpu_isa(before)
+
+
+# ---- What torch needs to know of each operator -----------------------------------------------------------------------
+
+
+# A fake kernel repeats what decides the shape of its output, in the words of csrc/ops.cpp.
+
+
+def _compressed_shapes(
+    rows: int, in_features: int, pattern: str, dtype: str
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    columns, kept = (8, 4) if pattern == "pair 4:8" else (4, 2)
+    groups = (in_features + columns - 1) // columns
+    return (rows, groups * kept // (2 if dtype == "int4" else 1)), (rows, (groups + 1) // 2)
+
+
+def _check_compressed(values: Tensor, meta: Tensor, in_features: int, dtype: str, pattern: str) -> None:
+    rows = values.shape[0] if values.dim() else 0
+    values_shape, meta_shape = _compressed_shapes(rows, in_features, pattern, dtype)
+    if values.shape != values_shape:
+        raise RuntimeError(
+            f"values must be [N, {values_shape[1]}] for in_features = {in_features}; got {list(values.shape)}"
+        )
+    if meta.shape != meta_shape:
+        raise RuntimeError(
+            f"meta must be {list(meta_shape)} to match values {list(values.shape)} and in_features = {in_features}; "
+            f"got {list(meta.shape)}"
+        )
+
+
+def _weight_columns(weight: Tensor) -> int:
+    if weight.dim() != 2:
+        raise RuntimeError(f"weight must be [N, K]; got {list(weight.shape)}")
+    return weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
+
+
+@torch.library.register_fake("sparse24::prune_mask")
+def _(weight: Tensor, pattern: str) -> Tensor:
+    columns = _weight_columns(weight)
+    return weight.new_empty((weight.shape[0], columns), dtype=torch.bool)
+
+
+@torch.library.register_fake("sparse24::compress")
+@torch.library.register_fake("sparse24::prune_compress")
+def _(weight: Tensor, pattern: str) -> tuple[Tensor, Tensor]:
+    columns = _weight_columns(weight)
+    values, meta = _compressed_shapes(weight.shape[0], columns, pattern, _name(weight.dtype))
+    return weight.new_empty(values), weight.new_empty(meta, dtype=torch.uint8)
+
+
+@torch.library.register_fake("sparse24::decompress")
+def _(values: Tensor, meta: Tensor, in_features: int, dtype: str, pattern: str) -> Tensor:
+    _check_compressed(values, meta, in_features, dtype, pattern)
+    return values.new_empty((values.shape[0], (in_features + 1) // 2 if dtype == "int4" else in_features))
+
+
+@torch.library.register_fake("sparse24::validate")
+def _(values: Tensor, meta: Tensor, in_features: int, dtype: str, pattern: str) -> None:
+    _check_compressed(values, meta, in_features, dtype, pattern)
+
+
+@torch.library.register_fake("sparse24::pack")
+def _(values: Tensor, meta: Tensor, in_features: int) -> Tensor:
+    _check_compressed(values, meta, in_features, _name(values.dtype), "2:4")
+    size = _ops.packed_bytes(int(values.shape[0]), int(in_features), _name(values.dtype))
+    return values.new_empty((size,), dtype=torch.uint8)
+
+
+@torch.library.register_fake("sparse24::unpack")
+def _(packed: Tensor, out_features: int, in_features: int, dtype: str) -> tuple[Tensor, Tensor]:
+    values, meta = _compressed_shapes(out_features, in_features, "2:4", dtype)
+    return packed.new_empty(values, dtype=getattr(torch, dtype)), packed.new_empty(meta)
+
+
+@torch.library.register_fake("sparse24::linear")
+@torch.library.register_fake("sparse24::linear_inference")
+def _(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    scales: Tensor | None,
+    out_features: int,
+    in_features: int,
+    dtype: str,
+    activation: str,
+) -> Tensor:
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise RuntimeError(
+            f"x must be [..., {in_features}] to match weight [{out_features}, {in_features}]; got {list(x.shape)}"
+        )
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _decompress_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, meta, ctx.in_features, _, ctx.pattern = inputs
+    ctx.save_for_backward(meta)
+
+
+def _decompress_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (meta,) = ctx.saved_tensors
+    columns = columns_of(meta, in_features=ctx.in_features, pattern=ctx.pattern)
+    inside = columns < ctx.in_features
+    gathered = grad.gather(1, torch.where(inside, columns, 0))
+    return torch.where(inside, gathered, 0), None, None, None, None
+
+
+torch.library.register_autograd("sparse24::decompress", _decompress_backward, setup_context=_decompress_context)
+
+
+def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, bias, scales, ctx.out_features, ctx.in_features, ctx.dtype, activation = inputs
+    if activation != "none":
+        raise RuntimeError("sparse24::linear is differentiated without its activation; call sparse24.ops.linear")
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(packed, scales)
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        packed, scales = ctx.saved_tensors
+        values, meta = _ops.unpack(packed, ctx.out_features, ctx.in_features, ctx.dtype)
+        weight = _ops.decompress(values, meta, ctx.in_features, ctx.dtype, "2:4")
+        if scales is not None:
+            weight = weight * scales[:, None]
+        grad_x = grad @ weight.to(grad.dtype)
+    if ctx.needs_input_grad[2]:
+        grad_bias = grad.reshape(-1, ctx.out_features).sum(0).to(ctx.bias_dtype)
+    return grad_x, None, grad_bias, None, None, None, None, None
+
+
+torch.library.register_autograd("sparse24::linear", _linear_backward, setup_context=_linear_context)

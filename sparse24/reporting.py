@@ -1,0 +1,232 @@
+"""Reports: what a step of the flow did to each linear layer, why a layer stays dense, what each layer costs."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sparse24 import ops
+from sparse24.nn import FLOAT_TYPES, SparseLinear
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What prune, quantize or convert did to one layer."""
+
+    name: str
+    shape: tuple[int, ...]  # of the weight, [out_features, in_features]
+    outcome: str  # "pruned", "quantized", "converted" or "skipped"
+    detail: str  # the format it has now, or the reason why it was skipped
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one layer of a model costs, and what runs it."""
+
+    name: str
+    shape: tuple[int, ...]  # of the weight, [out_features, in_features]
+    pattern: str  # "2:4", "1:2" or "dense"
+    dtype: str  # of the weight
+    tokens: tuple[int, ...]  # each M, the rows of x, that was seen; empty if the layer was never called
+    kernel: str
+    reason: str  # why this kernel
+    resident_bytes: int  # parameters and buffers of the layer as it is
+    dense_bytes: int  # of an nn.Linear of this shape in the layer's float type
+    expected_gain: float | None  # at M = 1, by bytes; None where the product is dense
+
+
+Row = TypeVar("Row", Outcome, Cost)
+
+
+@dataclass(frozen=True)
+class Report(Generic[Row]):
+    """Rows of a table, with `str(report)` the table as plain text and `to_dict()` all of it for JSON."""
+
+    title: str
+    rows: list[Row]
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "\n".join([self.title, "no linear layer", *self.notes])
+        head = [field.name.replace("_", " ") for field in dataclasses.fields(self.rows[0])]
+        cells = [[_cell(value) for value in vars(row).values()] for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *cells]]
+        rule = "  ".join("-" * width for width in widths)
+        return "\n".join([self.title, *(line.rstrip() for line in [lines[0], rule, *lines[1:]]), *self.notes])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(str(part) for part in value) or "-"
+    if isinstance(value, float):
+        return f"{value:.2f}x"
+    return f"{value:,}" if isinstance(value, int) else str("-" if value is None else value)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A linear product of a model; `reason` says why it cannot become a SparseLinear, or is empty."""
+
+    name: str
+    module: nn.Module
+    shape: tuple[int, ...]
+    reason: str
+
+
+def linear_layers(model: nn.Module) -> Iterator[Found]:
+    """Every nn.Linear and SparseLinear of the model, and nn.MultiheadAttention's own weights; each once."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            owners.setdefault(id(parameter), []).append(f"{name}.{key}".lstrip("."))
+    read_by_attention = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SparseLinear):
+            yield Found(name, module, (module.out_features, module.in_features), "it is sparse already")
+        elif isinstance(module, nn.MultiheadAttention):
+            for key in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+                weight = getattr(module, key)
+                if weight is not None:
+                    reason = "nn.MultiheadAttention multiplies by it itself: there is no layer to swap"
+                    yield Found(f"{name}.{key}".lstrip("."), module, tuple(weight.shape), reason)
+        elif isinstance(module, nn.Linear):
+            if id(module) in read_by_attention:
+                reason = "nn.MultiheadAttention reads its weight and never calls it"
+            else:
+                reason = _why_not(module, owners)
+            yield Found(name, module, (module.out_features, module.in_features), reason)
+
+
+def own_parametrizations(linear: nn.Linear) -> list[nn.Module]:
+    """What sparse24 has put on the weight, in order of application."""
+    return [rule for rule in _parametrizations(linear) if type(rule).__module__.startswith("sparse24.")]
+
+
+def _parametrizations(linear: nn.Linear) -> list[nn.Module]:
+    return list(linear.parametrizations.weight) if "parametrizations" in linear._modules else []  # type: ignore[union-attr,arg-type]
+
+
+def _why_not(linear: nn.Linear, owners: dict[int, list[str]]) -> str:
+    rules = _parametrizations(linear)
+    foreign = [type(rule).__name__ for rule in rules if rule not in own_parametrizations(linear)]
+    weight = linear.parametrizations.weight.original if rules else linear.weight  # type: ignore[union-attr]
+    names = owners.get(id(weight), [])
+    if type(linear).forward is not nn.Linear.forward:
+        return f"{type(linear).__name__} overrides nn.Linear.forward"
+    if "forward" in vars(linear):
+        return "its forward was replaced on the instance"
+    if foreign:
+        return f"its weight is parametrised by {', '.join(foreign)}"
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__}, not an nn.Parameter"
+    if len(names) > 1:
+        return f"its weight is tied: {' = '.join(names)}"
+    if weight.dtype not in FLOAT_TYPES:
+        return f"its weight is {weight.dtype}; float32, float16 and bfloat16 can be sparse"
+    if weight.is_meta:
+        return "its weight is on the meta device and has no values"
+    return "its weight is empty" if weight.numel() == 0 else ""
+
+
+def report(model: nn.Module, example_inputs: Any) -> Report[Cost]:
+    """What runs each linear layer of `model`, why, and what it holds.
+
+    example_inputs: what the model is called with, once, in eval mode and without gradients: a Tensor, a tuple of
+    positional arguments or a mapping of keyword arguments. The model is left as it was.
+
+    The expected gain is the ratio of weight bytes, dense over sparse in the same dtype: what a product bound by memory
+    (M = 1) gains at most. It is arithmetic, not a measurement; products of many tokens are bound by half the
+    multiplications, 2x at most.
+    """
+    layers = list(linear_layers(model))
+    seen: dict[int, set[int]] = {id(found.module): set() for found in layers}
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        seen[id(module)].add(x.shape[:-1].numel())
+
+    called = [found.module for found in layers if isinstance(found.module, (nn.Linear, SparseLinear))]
+    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in called]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            if isinstance(example_inputs, Mapping):
+                model(**example_inputs)
+            else:
+                model(*((example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes:
+            module.training = mode
+
+    rows = [_cost(found, tuple(sorted(seen[id(found.module)]))) for found in layers]
+    total = _bytes(model)
+    saved = sum(row.dense_bytes - row.resident_bytes for row in rows if row.pattern != "dense")
+    notes = (
+        f"whole model: {total:,} bytes resident, {total + saved:,} with every sparse layer dense",
+        f"expected gain: dense bytes / sparse bytes of the weight in the same dtype, the most that M = 1 can gain; "
+        f"not measured on this machine (cpu: {ops.cpu_isa()})",
+    )
+    return Report("sparse24 report", rows, notes)
+
+
+def _cost(found: Found, tokens: tuple[int, ...]) -> Cost:
+    layer = found.module
+    if not isinstance(layer, SparseLinear):
+        weight = layer.weight if isinstance(layer, nn.Linear) else getattr(layer, found.name.rpartition(".")[2])
+        resident = _bytes(layer) if isinstance(layer, nn.Linear) else weight.nbytes
+        reason = found.reason or _why_still_dense(layer)
+        dtype = _name(weight.dtype)
+        return Cost(found.name, found.shape, "dense", dtype, tokens, "dense", reason, resident, resident, None)
+
+    dense_weight = layer.out_features * layer.in_features
+    dense_bytes = (dense_weight + (layer.out_features if layer.bias is not None else 0)) * layer.dtype.itemsize
+    gain = None
+    if layer.packed is None:
+        kernel = "dense"
+        reason = (
+            "unpacked, so decompressed at every call; call pack()"
+            if layer.device.type == "cpu"
+            else f"decompressed at every call: no sparse kernel for {layer.device.type} in this version"
+        )
+    else:
+        kernel = f"sparse linear, {ops.cpu_isa()}" if layer.device.type == "cpu" else "none"
+        reason = "packed" if layer.device.type == "cpu" else f"on the {layer.device.type} device"
+        gain = dense_weight * layer.weight_dtype.itemsize / layer.packed.nbytes
+    return Cost(
+        found.name,
+        found.shape,
+        layer.pattern,
+        _name(layer.weight_dtype),
+        tokens,
+        kernel,
+        reason,
+        _bytes(layer),
+        dense_bytes,
+        gain,
+    )
+
+
+def _why_still_dense(layer: nn.Module) -> str:
+    rules = own_parametrizations(layer) if isinstance(layer, nn.Linear) else []
+    return "pruned, not converted: call convert()" if rules else "not pruned: call prune() and convert()"
+
+
+def _bytes(module: nn.Module) -> int:
+    """Bytes of the parameters and buffers of a module, shared ones once."""
+    return sum(t.nbytes for t in {id(t): t for t in [*module.parameters(), *module.buffers()]}.values())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
