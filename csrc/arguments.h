@@ -14,14 +14,19 @@ namespace sparse24 {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Throws the parts, joined, when `rule` does not hold. Torch turns it into RuntimeError with exactly this text.
 template <class... Parts>
-void require(bool rule, const Parts&... parts) {
-  if (rule) return;
+[[noreturn]] void refuse(const Parts&... parts) {
   std::ostringstream text;
   (text << ... << parts);
-  throw std::runtime_error(text.str());
+  throw std::runtime_error(text.str());  // torch turns it into RuntimeError with exactly this text
 }
+
+// Refuses the call with the parts, joined, when the rule does not hold. A macro, so that a call that is right spends
+// nothing on the text of a wrong one.
+#define REQUIRE(RULE, ...)                          \
+  do {                                              \
+    if (!(RULE)) ::sparse24::refuse(__VA_ARGS__);   \
+  } while (0)
 
 inline std::string shape_of(const Tensor& tensor) {
   std::string text = "[";
@@ -77,7 +82,7 @@ inline Element element_of(const std::string& dtype) {
   if (dtype == "float16") return Element::F16;
   if (dtype == "bfloat16") return Element::BF16;
   if (dtype == "int8") return Element::I8;
-  require(dtype == "int4", "dtype must be float32, float16, bfloat16, int8 or int4; got ", dtype);
+  REQUIRE(dtype == "int4", "dtype must be float32, float16, bfloat16, int8 or int4; got ", dtype);
   return Element::I4;
 }
 
@@ -86,32 +91,32 @@ inline Element element_of(const char* argument, ScalarType type) {
   for (const Element element : {Element::F32, Element::F16, Element::BF16, Element::I8, Element::I4}) {
     if (type == storage_of(element)) return element;
   }
-  require(false, argument, " must be float32, float16, bfloat16, int8 or uint8 (packed int4); got ", name_of(type));
+  refuse(argument, " must be float32, float16, bfloat16, int8 or uint8 (packed int4); got ", name_of(type));
   return Element::F32;
 }
 
 inline Pattern pattern_of(const std::string& pattern) {
   if (pattern == "2:4") return Pattern::TWO_FOUR;
   if (pattern == "1:2") return Pattern::ONE_TWO;
-  require(pattern == "pair 4:8", "pattern must be '2:4', '1:2' or 'pair 4:8'; got '", pattern, "'");
+  REQUIRE(pattern == "pair 4:8", "pattern must be '2:4', '1:2' or 'pair 4:8'; got '", pattern, "'");
   return Pattern::PAIR_FOUR_EIGHT;
 }
 
 // Checks a canonical pair against in_features and returns the number of rows.
 inline int64_t check_compressed(const Tensor& values, const Tensor& meta, int64_t in_features, Element element,
                                 Pattern pattern) {
-  require(in_features >= 0, "in_features must not be negative; got ", in_features);
-  require(values.scalar_type() == storage_of(element), "values must be ", name_of(storage_of(element)),
+  REQUIRE(in_features >= 0, "in_features must not be negative; got ", in_features);
+  REQUIRE(values.scalar_type() == storage_of(element), "values must be ", name_of(storage_of(element)),
           " for the dtype asked for; got ", name_of(values.scalar_type()));
-  require(meta.scalar_type() == ScalarType::Byte, "meta must be uint8; got ", name_of(meta.scalar_type()));
+  REQUIRE(meta.scalar_type() == ScalarType::Byte, "meta must be uint8; got ", name_of(meta.scalar_type()));
   const int64_t columns =
       values_row_bytes(pattern, element, in_features) * 8 / (element == Element::I4 ? 8 : element_bits(element));
-  require(values.dim() == 2 && values.size(1) == columns, "values must be [N, ", columns, "] for in_features = ",
+  REQUIRE(values.dim() == 2 && values.size(1) == columns, "values must be [N, ", columns, "] for in_features = ",
           in_features, "; got ", shape_of(values));
   const int64_t rows = values.size(0), bytes = meta_row_bytes(pattern, in_features);
-  require(meta.dim() == 2 && meta.size(0) == rows && meta.size(1) == bytes, "meta must be [", rows, ", ", bytes,
+  REQUIRE(meta.dim() == 2 && meta.size(0) == rows && meta.size(1) == bytes, "meta must be [", rows, ", ", bytes,
           "] to match values ", shape_of(values), " and in_features = ", in_features, "; got ", shape_of(meta));
-  require(values.device() == meta.device(), "values and meta must be on one device; got two");
+  REQUIRE(values.device() == meta.device(), "values and meta must be on one device; got two");
   return rows;
 }
 

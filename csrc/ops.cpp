@@ -93,7 +93,7 @@ float element_at(const Dense& dense, int64_t row, int64_t column) {
   }
 }
 
-[[noreturn]] void refuse(const Dense& dense, const std::string& pattern, Misfit misfit) {
+[[noreturn]] void refuse_misfit(const Dense& dense, const std::string& pattern, Misfit misfit) {
   const int columns = group_columns(pattern_of(pattern));
   const int64_t begin = misfit.group * columns, end = std::min(begin + columns, dense.in_features);
   std::ostringstream text;
@@ -115,7 +115,7 @@ struct Rows {
 
 Rows rows_of(const Tensor& weight) {
   const Element element = element_of("weight", weight.scalar_type());
-  require(weight.dim() == 2, "weight must be [N, K]; got ", shape_of(weight));
+  REQUIRE(weight.dim() == 2, "weight must be [N, K]; got ", shape_of(weight));
   Tensor keep = weight.size(1) > 1 && weight.stride(1) != 1 ? torch::stable::contiguous(weight) : weight;
   const int64_t in_features = weight.size(1) * (element == Element::I4 ? 2 : 1);
   const Dense dense{keep.const_data_ptr(), keep.stride(0) * static_cast<int64_t>(keep.element_size()), keep.size(0),
@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor> compress_rows(const Tensor& weight, const std::string
   Tensor meta = empty_like_device(weight, {dense.rows, meta_row_bytes(kind, dense.in_features)}, ScalarType::Byte);
   const Misfit misfit = cpu::compress(dense, kind, selection,
                                       {values.mutable_data_ptr(), static_cast<uint8_t*>(meta.mutable_data_ptr())});
-  if (misfit.row >= 0) refuse(dense, pattern, misfit);
+  if (misfit.row >= 0) refuse_misfit(dense, pattern, misfit);
   return {values, meta};
 }
 
@@ -170,12 +170,12 @@ struct Checked {
     if (misfit.row < 0) return;
     const int byte = pointers().meta[misfit.row * meta.size(1) + misfit.group / 2];
     const int code = byte >> 4 * (misfit.group & 1) & 15;
-    require(misfit.group < group_count(pattern, in_features), "meta is corrupt: row ", misfit.row,
+    REQUIRE(misfit.group < group_count(pattern, in_features), "meta is corrupt: row ", misfit.row,
             " ends in an unused half byte of ", code, "; it must be 0");
-    require(is_legal(pattern, code), "meta is corrupt: row ", misfit.row, ", group ", misfit.group, " has the code ",
+    REQUIRE(is_legal(pattern, code), "meta is corrupt: row ", misfit.row, ", group ", misfit.group, " has the code ",
             code, ", which names columns ", first_of(code), " and ", second_of(code), "; ", pattern_name,
             (pattern == Pattern::ONE_TWO ? " needs one of each half" : " needs them in increasing order"));
-    require(false, "values are corrupt: row ", misfit.row, ", group ", misfit.group,
+    refuse("values are corrupt: row ", misfit.row, ", group ", misfit.group,
             " holds something other than +0 in a slot beyond in_features = ", in_features);
   }
 
@@ -202,12 +202,12 @@ Tensor decompress(const Tensor& values, const Tensor& meta, int64_t in_features,
 
 Element linear_element(const std::string& dtype) {
   const Element element = element_of(dtype);
-  require(element != Element::I4, "dtype must be float32, float16, bfloat16 or int8: no kernel multiplies int4 yet");
+  REQUIRE(element != Element::I4, "dtype must be float32, float16, bfloat16 or int8; no kernel multiplies int4 yet");
   return element;
 }
 
 int64_t packed_bytes(int64_t out_features, int64_t in_features, std::string dtype) {
-  require(out_features >= 0 && in_features >= 0, "out_features and in_features must not be negative; got ",
+  REQUIRE(out_features >= 0 && in_features >= 0, "out_features and in_features must not be negative; got ",
           out_features, " and ", in_features);
   return cpu::packed_bytes(linear_element(dtype), out_features, in_features);
 }
@@ -225,7 +225,7 @@ void advise_huge_pages(void* data, size_t bytes) {
 
 Tensor pack(const Tensor& values, const Tensor& meta, int64_t in_features) {
   const Element element = element_of("values", values.scalar_type());
-  require(element != Element::I4, "values must be float32, float16, bfloat16 or int8: no kernel multiplies int4 yet");
+  REQUIRE(element != Element::I4, "values must be float32, float16, bfloat16 or int8; no kernel multiplies int4 yet");
   const int64_t rows = check_compressed(values, meta, in_features, element, Pattern::TWO_FOUR);
   const Tensor canonical_values = dense_rows(values), canonical_meta = dense_rows(meta);
   const int64_t bytes = cpu::packed_bytes(element, rows, in_features);
@@ -238,12 +238,12 @@ Tensor pack(const Tensor& values, const Tensor& meta, int64_t in_features) {
 
 const uint8_t* check_packed(const Tensor& packed, const std::string& dtype, int64_t out_features, int64_t in_features) {
   const int64_t bytes = packed_bytes(out_features, in_features, dtype);
-  require(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.size(0) == bytes &&
+  REQUIRE(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.size(0) == bytes &&
               packed.is_contiguous(),
           "packed must be contiguous uint8 [", bytes, "] for a [", out_features, ", ", in_features, "] ",
           dtype, " weight; got ", name_of(packed.scalar_type()), " ", shape_of(packed));
   const auto data = static_cast<const uint8_t*>(packed.const_data_ptr());
-  require(reinterpret_cast<uintptr_t>(data) % 64 == 0 || bytes == 0,
+  REQUIRE(reinterpret_cast<uintptr_t>(data) % 64 == 0 || bytes == 0,
           "packed must start at a multiple of 64 bytes, as pack() makes it; got an address ",
           reinterpret_cast<uintptr_t>(data) % 64, " bytes past one");
   return data;
@@ -270,7 +270,7 @@ Activation activation_of(const std::string& activation) {
   if (activation == "relu") return Activation::RELU;
   if (activation == "gelu") return Activation::GELU;
   if (activation == "gelu_tanh") return Activation::GELU_TANH;
-  require(activation == "silu", "activation must be 'none', 'relu', 'gelu', 'gelu_tanh' or 'silu'; got '", activation,
+  REQUIRE(activation == "silu", "activation must be 'none', 'relu', 'gelu', 'gelu_tanh' or 'silu'; got '", activation,
           "'");
   return Activation::SILU;
 }
@@ -291,30 +291,41 @@ bool rows_are_regular(const Tensor& x, int64_t& stride) {
   return true;
 }
 
+// As torch::stable::empty, without the microsecond of a trip through the dispatcher.
+Tensor empty_on_cpu(const std::vector<int64_t>& shape, ScalarType type) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 Tensor linear(const Tensor& x_in, const Tensor& packed, std::optional<Tensor> bias, std::optional<Tensor> scales,
               int64_t out_features, int64_t in_features, std::string dtype, std::string activation) {
   const Element weight_element = linear_element(dtype);
   const int64_t dims = x_in.dim();
-  require(is_float(x_in.scalar_type()), "x must be float32, float16 or bfloat16; got ", name_of(x_in.scalar_type()));
-  require(dims >= 1 && x_in.size(dims - 1) == in_features, "x must be [..., ", in_features, "] to match weight [",
+  REQUIRE(is_float(x_in.scalar_type()), "x must be float32, float16 or bfloat16; got ", name_of(x_in.scalar_type()));
+  REQUIRE(dims >= 1 && x_in.size(dims - 1) == in_features, "x must be [..., ", in_features, "] to match weight [",
           out_features, ", ", in_features, "]; got ", shape_of(x_in));
 
   cpu::Linear call{};
   call.packed = check_packed(packed, dtype, out_features, in_features);
   if (bias) {
-    require(is_float(bias->scalar_type()), "bias must be float32, float16 or bfloat16; got ",
+    REQUIRE(is_float(bias->scalar_type()), "bias must be float32, float16 or bfloat16; got ",
             name_of(bias->scalar_type()));
-    require(bias->dim() == 1 && bias->size(0) == out_features, "bias must be [", out_features, "]; got ",
+    REQUIRE(bias->dim() == 1 && bias->size(0) == out_features, "bias must be [", out_features, "]; got ",
             shape_of(*bias));
     if (!bias->is_contiguous()) bias = torch::stable::contiguous(*bias);
     call.bias = bias->const_data_ptr();
     call.bias_element = element_of("bias", bias->scalar_type());
   }
-  require(scales.has_value() == (weight_element == Element::I8),
+  REQUIRE(scales.has_value() == (weight_element == Element::I8),
           weight_element == Element::I8 ? "scales are required for an int8 weight; got none"
                                         : "scales are for int8 weights alone; got some for another");
   if (scales) {
-    require(scales->scalar_type() == ScalarType::Float && scales->dim() == 1 && scales->size(0) == out_features,
+    REQUIRE(scales->scalar_type() == ScalarType::Float && scales->dim() == 1 && scales->size(0) == out_features,
             "scales must be float32 [", out_features, "]; got ", name_of(scales->scalar_type()), " ",
             shape_of(*scales));
     if (!scales->is_contiguous()) scales = torch::stable::contiguous(*scales);
@@ -331,7 +342,7 @@ Tensor linear(const Tensor& x_in, const Tensor& packed, std::optional<Tensor> bi
   shape.back() = out_features;
   call.tokens = 1;
   for (int64_t i = 0; i < dims - 1; ++i) call.tokens *= shape[i];
-  Tensor y = torch::stable::empty({shape.data(), shape.size()}, x.scalar_type(), std::nullopt, x.device());
+  const Tensor y = empty_on_cpu(shape, x.scalar_type());
 
   call.x = x.const_data_ptr();
   call.x_element = element_of("x", x.scalar_type());
@@ -354,7 +365,7 @@ void force_cpu_isa(std::string isa) {
   for (int i = 0; i <= static_cast<int>(cpu::best_isa()); ++i) {
     if (isa == ISA_NAMES[i]) return cpu::force_isa(static_cast<cpu::Isa>(i));
   }
-  require(false, "isa must be one that this machine runs, portable up to ",
+  refuse("isa must be one that this machine runs, portable up to ",
           ISA_NAMES[static_cast<int>(cpu::best_isa())], "; got '", isa, "'");
 }
 

@@ -28,7 +28,7 @@ void* current_stream(int device) {
     aoti_torch_delete_stream(handle);
     STABLE_TORCH_ERROR_CODE_CHECK(error);
   } else {
-    require(stream_of != nullptr, "this torch tells no CUDA stream: it has neither torch_stream_native_handle nor "
+    REQUIRE(stream_of != nullptr, "this torch tells no CUDA stream: it has neither torch_stream_native_handle nor "
                                   "aoti_torch_get_current_cuda_stream");
     STABLE_TORCH_ERROR_CODE_CHECK(stream_of(device, &stream));
   }

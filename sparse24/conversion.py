@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 from sparse24.nn import SparseLinear
 from sparse24.pruning import Mask
 from sparse24.quantization import is_fake_quantized, remove_input_hook
-from sparse24.reporting import Outcome, Report, linear_layers, own_parametrizations
+from sparse24.reporting import Outcome, Report, linear_layers, own_parametrizations, parametrizations
 
 _HOOKS = (
     "_forward_hooks",
@@ -22,7 +22,7 @@ _HOOKS = (
 
 
 def convert(model: nn.Module) -> Report[Outcome]:
-    """Swap every nn.Linear whose weight is 2:4 for a packed SparseLinear, in place, and drop what prune and quantize added.
+    """Swap each nn.Linear whose weight is 2:4 for a packed SparseLinear, in place, and remove what the flow added.
 
     A layer that prune masked keeps that mask's pattern; any other weight is tried as 2:4. Fake-quantised layers become
     int8 layers with the very integers the fake quantisation used. Hooks of others move to the new layer. Layers on
@@ -32,28 +32,39 @@ def convert(model: nn.Module) -> Report[Outcome]:
     rows = []
     replacements: dict[int, nn.Module] = {}
     for found in linear_layers(model):
-        layer, reason, detail = found.module, found.reason, ""
-        if isinstance(layer, SparseLinear) and layer.packed is None:
+        layer, reason = found.module, found.reason
+        if isinstance(layer, nn.Linear):
+            pattern, int8 = _bake(layer)
+            if layer is model:
+                reason = "the model itself cannot be swapped in place: use SparseLinear.from_dense"
+            if not reason:
+                try:
+                    sparse = SparseLinear.from_dense(layer, pattern=pattern)
+                    layer = replacements[id(layer)] = (sparse.quantize() if int8 else sparse).pack()
+                except RuntimeError as error:
+                    reason = str(error)
+        elif isinstance(layer, SparseLinear) and layer.packed is None:
             layer.pack()
             reason = ""
-        elif isinstance(layer, nn.Linear):
-            reason = reason or ("the model itself cannot be swapped in place" if layer is model else "")
-            new, misfit = _sparse_of(layer, build=not reason)
-            reason = reason or misfit
-            if new is not None:
-                replacements[id(layer)] = layer = new
-        if isinstance(layer, SparseLinear):
-            detail = f"{layer.pattern} {layer.weight_dtype}".replace("torch.", "")
-        rows.append(Outcome(found.name, found.shape, "skipped" if reason else "converted", reason or detail))
+        dtype = f" {layer.weight_dtype}".replace("torch.", "") if isinstance(layer, SparseLinear) else ""
+        detail = reason or f"{layer.pattern}{dtype}"
+        rows.append(Outcome(found.name, found.shape, "skipped" if reason else "converted", detail))
     replace_modules(model, replacements)
     return Report("convert", rows)
 
 
-def _sparse_of(linear: nn.Linear, build: bool) -> tuple[SparseLinear | None, str]:
-    """Bake our parametrisations into the weight; then the packed layer that replaces it, or why there is none."""
+def _bake(linear: nn.Linear) -> tuple[str, bool]:
+    """Turn a weight that is parametrised by us alone into a plain one, masked; its pattern, and whether it is int8."""
     rules = own_parametrizations(linear)
-    ...
-    return None, ""
+    pattern = next((rule.pattern for rule in rules if isinstance(rule, Mask)), "2:4")
+    int8 = is_fake_quantized(linear)
+    stack = parametrizations(linear)
+    if rules and len(rules) == len(stack):
+        remove_input_hook(linear)
+        if int8:
+            del stack[-1]  # the integers come from the weight before its rounding, as they did in training
+        parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
+    return pattern, int8
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:

@@ -59,9 +59,7 @@ class SparseWeight(torch.Tensor):
     @staticmethod
     def __new__(cls, layer: "SparseLinear") -> "SparseWeight":
         shape = (layer.out_features, layer.in_features)
-        weight: SparseWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, dtype=layer.dtype, device=layer.device
-        )
+        weight: SparseWeight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=layer.dtype, device=layer.device)
         weight._layer = layer
         return weight
 
@@ -77,7 +75,7 @@ class SparseWeight(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -357,7 +355,7 @@ class SparseLinear(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name in ("values", "meta") and self.packed is not None:
-            raise AttributeError(f"a packed SparseLinear has no {name}: call unpack() first; state_dict() has it always")
+            raise AttributeError(f"a packed SparseLinear has no {name}: call unpack() first, or read state_dict()")
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -378,10 +376,11 @@ class SparseLinear(nn.Module):
             return tensor.to(moved.device) if keeps_dtype and moved.dtype is not tensor.dtype else moved
 
         if probe.dtype is self.dtype and probe.device == self.device:  # share_memory(), .to(where it is): bytes suffice
-            return super()._apply(move, recurse)
+            super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+            return self
         self._thaw()
         try:
-            super()._apply(move, recurse)
+            super()._apply(move, recurse)  # type: ignore[no-untyped-call]
             self._set_dtype(probe.dtype)
         finally:
             self._settle()
@@ -400,7 +399,7 @@ class SparseLinear(nn.Module):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         tensors = {name: t for name, t in [*self._parameters.items(), *self._buffers.items()] if t is not None}
         problems = list(self._problems(tensors, self.dtype))
         if problems:

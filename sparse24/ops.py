@@ -29,6 +29,8 @@ if not _LIBRARY.exists():
     raise ImportError(f"{_LIBRARY} is missing: build it with `make build`, or install the wheel")
 torch.ops.load_library(_LIBRARY)
 _ops = torch.ops.sparse24
+_linear = _ops.linear.default
+_linear_inference = _ops.linear_inference.default
 if not _ops.device_archs():
     warnings.warn("this build of sparse24 has no device code: CUDA tensors are refused", stacklevel=2)
 
@@ -164,11 +166,11 @@ def linear(
     if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device) and x.is_floating_point():
         x = x.to(torch.get_autocast_dtype(device))
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        y = _ops.linear(x, packed, bias, scales, out_features, in_features, _name(dtype), "none")
+        y = _linear(x, packed, bias, scales, out_features, in_features, _name(dtype), "none")
         if activation not in ACTIVATIONS:
             raise RuntimeError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
         return ACTIVATIONS[activation](y)
-    return _ops.linear_inference(x, packed, bias, scales, out_features, in_features, _name(dtype), activation)
+    return _linear_inference(x, packed, bias, scales, out_features, in_features, _name(dtype), activation)
 
 
 # ---- Instruction sets ------------------------------------------------------------------------------------------------

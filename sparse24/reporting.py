@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from sparse24 import ops
 from sparse24.nn import FLOAT_TYPES, SparseLinear
@@ -56,11 +57,11 @@ class Report(Generic[Row]):
         if not self.rows:
             return "\n".join([self.title, "no linear layer", *self.notes])
         head = [field.name.replace("_", " ") for field in dataclasses.fields(self.rows[0])]
-        cells = [[_cell(value) for value in vars(row).values()] for row in self.rows]
-        widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *cells]]
-        rule = "  ".join("-" * width for width in widths)
-        return "\n".join([self.title, *(line.rstrip() for line in [lines[0], rule, *lines[1:]]), *self.notes])
+        table = [head] + [[_cell(value) for value in vars(row).values()] for row in self.rows]
+        widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+        table.insert(1, ["-" * width for width in widths])
+        lines: list[str] = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
+        return "\n".join([self.title, *lines, *self.notes])
 
 
 def _cell(value: Any) -> str:
@@ -108,17 +109,20 @@ def linear_layers(model: nn.Module) -> Iterator[Found]:
 
 def own_parametrizations(linear: nn.Linear) -> list[nn.Module]:
     """What sparse24 has put on the weight, in order of application."""
-    return [rule for rule in _parametrizations(linear) if type(rule).__module__.startswith("sparse24.")]
+    return [rule for rule in parametrizations(linear) if type(rule).__module__.startswith("sparse24.")]
 
 
-def _parametrizations(linear: nn.Linear) -> list[nn.Module]:
-    return list(linear.parametrizations.weight) if "parametrizations" in linear._modules else []  # type: ignore[union-attr,arg-type]
+def parametrizations(linear: nn.Linear) -> nn.ModuleList:
+    """All that is registered on the weight: a ParametrizationList, empty if there is nothing."""
+    if not parametrize.is_parametrized(linear, "weight"):
+        return nn.ModuleList()
+    return cast(parametrize.ParametrizationList, cast(nn.ModuleDict, linear.parametrizations)["weight"])
 
 
 def _why_not(linear: nn.Linear, owners: dict[int, list[str]]) -> str:
-    rules = _parametrizations(linear)
+    rules = parametrizations(linear)
     foreign = [type(rule).__name__ for rule in rules if rule not in own_parametrizations(linear)]
-    weight = linear.parametrizations.weight.original if rules else linear.weight  # type: ignore[union-attr]
+    weight = rules.original if isinstance(rules, parametrize.ParametrizationList) else linear.weight
     names = owners.get(id(weight), [])
     if type(linear).forward is not nn.Linear.forward:
         return f"{type(linear).__name__} overrides nn.Linear.forward"

@@ -21,7 +21,7 @@ namespace sparse24::cpu {
 
 constexpr int BLOCK_UNITS = 64;
 constexpr int BLOCK_GROUPS = BLOCK_UNITS / 4;
-constexpr int PREFETCH_BYTES = 8192;
+constexpr int PREFETCH_BYTES = 4096;
 constexpr int BLOCK_META_BYTES = BLOCK_GROUPS / 2;
 
 // A unit is one column, or a pair of columns for pair 4:8.

@@ -7,12 +7,13 @@ namespace {
 // ---- Dot products
 // -----------------------------------------------------------------------------------------------------
 
-// FloatDot::control: the column in its unit that an index names, for each of the four groups of the unit.
+// FloatDot::control: an index has two bits, and each of the four groups of a unit starts at its column.
 struct FloatTables {
-  uint32_t column[4][16];
-  constexpr FloatTables() : column() {
-    for (int group = 0; group < 4; ++group) {
-      for (int bits = 0; bits < 16; ++bits) column[group][bits] = 4 * group + (bits & 3);
+  uint32_t index[16], group[4][16];
+  constexpr FloatTables() : index(), group() {
+    for (int i = 0; i < 16; ++i) {
+      index[i] = 3;
+      for (int j = 0; j < 4; ++j) group[j][i] = 4 * j;
     }
   }
 };
@@ -24,10 +25,12 @@ struct FloatDot {
   static constexpr Element WEIGHT = ELEMENT;
   static constexpr int STEPS = 16, UNIT_STEPS = 8;
 
+  template <bool ROOM>
   static SPARSE24_INLINE __m512i control(const uint8_t* chunk, int step) {
-    // vpermd looks the low four bits of each lane up; two of them are the index of this slot.
     const __m512i codes = _mm512_srli_epi32(_mm512_loadu_si512(chunk), 2 * step);
-    return _mm512_permutexvar_epi32(codes, load_here(FLOAT_TABLES.column[step / 2 % 4]));
+    const __m512i group = constant<ROOM>(FLOAT_TABLES.group[step / 2 % 4]);
+    return _mm512_ternarylogic_epi32(codes, constant<ROOM>(FLOAT_TABLES.index), group,
+                                     0xEA);  // (codes & index) | group
   }
 
   static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
@@ -58,10 +61,10 @@ struct FloatDot {
 // The tables of I8Dot::control. A row's byte of codes holds the four indices of two groups: byte i of a lane takes bits
 // 2 i of it (BITS counts from the start of 64 bits, which two rows share), and its group starts at GROUP.
 struct I8Tables {
-  uint8_t bits[4][64], group[8][64], three[64];
-  constexpr I8Tables() : bits(), group(), three() {
+  uint8_t bits[4][64], group[8][64], index[64];
+  constexpr I8Tables() : bits(), group(), index() {
     for (int i = 0; i < 64; ++i) {
-      three[i] = 3;
+      index[i] = 3;
       for (int step = 0; step < 4; ++step) bits[step][i] = static_cast<uint8_t>(i / 4 % 2 * 32 + 8 * step + i % 4 * 2);
       for (int step = 0; step < 8; ++step) group[step][i] = static_cast<uint8_t>(8 * step + i % 4 / 2 * 4);
     }
@@ -74,11 +77,12 @@ struct I8Dot {
   static constexpr Element WEIGHT = Element::I8;
   static constexpr int STEPS = 8, UNIT_STEPS = 8;
 
+  template <bool ROOM>
   static SPARSE24_INLINE __m512i control(const uint8_t* chunk, int step) {
-    const __m512i codes = _mm512_multishift_epi64_epi8(load_here(I8_TABLES.bits[step % 4]),
+    const __m512i codes = _mm512_multishift_epi64_epi8(constant<ROOM>(I8_TABLES.bits[step % 4]),
                                                        _mm512_loadu_si512(chunk + step / 4 * CODES_BYTES));
-    const __m512i group = load_here(I8_TABLES.group[step]);
-    return _mm512_ternarylogic_epi32(codes, load_here(I8_TABLES.three), group, 0xEA);  // (codes & 3) | group
+    const __m512i group = constant<ROOM>(I8_TABLES.group[step]);
+    return _mm512_ternarylogic_epi32(codes, constant<ROOM>(I8_TABLES.index), group, 0xEA);  // (codes & index) | group
   }
 
   static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {

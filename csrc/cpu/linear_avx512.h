@@ -21,9 +21,11 @@ namespace {
 constexpr int PREFETCH_BYTES = 3072;
 constexpr int PREFETCH_MIN_ROWS = 3;
 
-// The vector at `table`, loaded here and now: g++ would keep it in a register from before the loop and spill accumulators.
-SPARSE24_INLINE __m512i load_here(const void* table) {
-  asm volatile("" : "+r"(table));
+// The vector at `table`. Where accumulators leave no ROOM it is loaded at each use: g++ would keep it in a register
+// from before the loop, and spill accumulators instead.
+template <bool ROOM>
+SPARSE24_INLINE __m512i constant(const void* table) {
+  if constexpr (!ROOM) asm volatile("" : "+r"(table));
   return _mm512_load_si512(table);
 }
 
@@ -55,6 +57,7 @@ void multiply_rows(const Linear& call, const Tile& tile) {
   constexpr int CHUNK_BYTES = chunk_bytes(Dot::WEIGHT);
   // Independent sums per output, where rows alone are too few to hide the latency of the dot product.
   constexpr int SUMS = ROWS <= 4 ? 4 : ROWS <= 8 ? 2 : 1;
+  constexpr bool ROOM = ROWS * SUMS <= 16;
   const int64_t chunks = chunk_count(Dot::WEIGHT, call.in_features);
   const int64_t bytes = block_bytes(Dot::WEIGHT, call.in_features);
 
@@ -62,7 +65,7 @@ void multiply_rows(const Linear& call, const Tile& tile) {
     const uint8_t* w = call.packed + block * bytes;
     const uint8_t* x = tile.panel;
     __m512i sums[ROWS][SUMS] = {};
-    __m512i control = Dot::control(w, 0);
+    __m512i control = Dot::template control<ROOM>(w, 0);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       if constexpr (ROWS >= PREFETCH_MIN_ROWS) {
 #pragma GCC unroll 32
@@ -71,7 +74,8 @@ void multiply_rows(const Linear& call, const Tile& tile) {
 #pragma GCC unroll 32
       for (int step = 0; step < Dot::STEPS; ++step) {
         // One step ahead, and kept there: otherwise the FP scheduler fills with permutes that wait for their control.
-        __m512i next = step + 1 < Dot::STEPS ? Dot::control(w, step + 1) : Dot::control(w + CHUNK_BYTES, 0);
+        __m512i next = step + 1 < Dot::STEPS ? Dot::template control<ROOM>(w, step + 1)
+                                             : Dot::template control<ROOM>(w + CHUNK_BYTES, 0);
         asm volatile("" : "+v"(next));
         const __m512i values = Dot::values(w, step);
 #pragma GCC unroll 32

@@ -24,10 +24,11 @@ struct Bf16Dot {
   static constexpr Element WEIGHT = Element::BF16;
   static constexpr int STEPS = 8, UNIT_STEPS = 8;
 
+  template <bool ROOM>
   static SPARSE24_INLINE __m512i control(const uint8_t* chunk, int step) {
     // vpermd reads the low four bits of each lane: one code.
     const __m512i codes = _mm512_srli_epi32(_mm512_loadu_si512(chunk), 4 * step);
-    return _mm512_permutexvar_epi32(codes, load_here(BF16_TABLES.columns[step]));
+    return _mm512_permutexvar_epi32(codes, constant<ROOM>(BF16_TABLES.columns[step]));
   }
 
   static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
