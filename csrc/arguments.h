@@ -23,9 +23,9 @@ template <class... Parts>
 
 // Refuses the call with the parts, joined, when the rule does not hold. A macro, so that a call that is right spends
 // nothing on the text of a wrong one.
-#define REQUIRE(RULE, ...)                          \
-  do {                                              \
-    if (!(RULE)) ::sparse24::refuse(__VA_ARGS__);   \
+#define REQUIRE(RULE, ...)                        \
+  do {                                            \
+    if (!(RULE)) ::sparse24::refuse(__VA_ARGS__); \
   } while (0)
 
 inline std::string shape_of(const Tensor& tensor) {
@@ -111,8 +111,8 @@ inline int64_t check_compressed(const Tensor& values, const Tensor& meta, int64_
   REQUIRE(meta.scalar_type() == ScalarType::Byte, "meta must be uint8; got ", name_of(meta.scalar_type()));
   const int64_t columns =
       values_row_bytes(pattern, element, in_features) * 8 / (element == Element::I4 ? 8 : element_bits(element));
-  REQUIRE(values.dim() == 2 && values.size(1) == columns, "values must be [N, ", columns, "] for in_features = ",
-          in_features, "; got ", shape_of(values));
+  REQUIRE(values.dim() == 2 && values.size(1) == columns, "values must be [N, ", columns,
+          "] for in_features = ", in_features, "; got ", shape_of(values));
   const int64_t rows = values.size(0), bytes = meta_row_bytes(pattern, in_features);
   REQUIRE(meta.dim() == 2 && meta.size(0) == rows && meta.size(1) == bytes, "meta must be [", rows, ", ", bytes,
           "] to match values ", shape_of(values), " and in_features = ", in_features, "; got ", shape_of(meta));

@@ -21,8 +21,7 @@ STABLE_TORCH_LIBRARY(sparse24, m) {
   m.def("validate(Tensor values, Tensor meta, SymInt in_features, str dtype, str pattern) -> ()");
   m.def("pack(Tensor values, Tensor meta, SymInt in_features) -> Tensor");
   m.def("packed_bytes(int out_features, int in_features, str dtype) -> int");
-  m.def(
-      "unpack(Tensor packed, SymInt out_features, SymInt in_features, str dtype) -> (Tensor values, Tensor meta)");
+  m.def("unpack(Tensor packed, SymInt out_features, SymInt in_features, str dtype) -> (Tensor values, Tensor meta)");
   // The same twice: an op with a registered autograd formula costs microseconds more a call (sparse24/ops.py chooses).
   m.def(
       "linear(Tensor x, Tensor packed, Tensor? bias, Tensor? scales, SymInt out_features, SymInt in_features, "
@@ -37,11 +36,11 @@ STABLE_TORCH_LIBRARY(sparse24, m) {
 
 namespace sparse24::cpu {
 
-// ---- torch's thread pool ----------------------------------------------------------------------------------------------
+// ---- torch's thread pool
+// ----------------------------------------------------------------------------------------------
 
 void run_parallel(int64_t begin, int64_t end, int64_t grain, RangeBody body, const void* context) {
-  torch::stable::parallel_for(begin, end, grain,
-                              [=](int64_t first, int64_t last) { body(first, last, context); });
+  torch::stable::parallel_for(begin, end, grain, [=](int64_t first, int64_t last) { body(first, last, context); });
 }
 int thread_count() { return static_cast<int>(torch::stable::get_num_threads()); }
 
@@ -57,7 +56,8 @@ using cpu::Dense;
 using cpu::Misfit;
 using cpu::Selection;
 
-// ---- Format -----------------------------------------------------------------------------------------------------------
+// ---- Format
+// -----------------------------------------------------------------------------------------------------------
 
 float half_to_float(uint16_t bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
@@ -176,7 +176,7 @@ struct Checked {
             code, ", which names columns ", first_of(code), " and ", second_of(code), "; ", pattern_name,
             (pattern == Pattern::ONE_TWO ? " needs one of each half" : " needs them in increasing order"));
     refuse("values are corrupt: row ", misfit.row, ", group ", misfit.group,
-            " holds something other than +0 in a slot beyond in_features = ", in_features);
+           " holds something other than +0 in a slot beyond in_features = ", in_features);
   }
 
   Compressed pointers() const {
@@ -198,7 +198,8 @@ Tensor decompress(const Tensor& values, const Tensor& meta, int64_t in_features,
   return dense;
 }
 
-// ---- Linear -----------------------------------------------------------------------------------------------------------
+// ---- Linear
+// -----------------------------------------------------------------------------------------------------------
 
 Element linear_element(const std::string& dtype) {
   const Element element = element_of(dtype);
@@ -240,8 +241,8 @@ const uint8_t* check_packed(const Tensor& packed, const std::string& dtype, int6
   const int64_t bytes = packed_bytes(out_features, in_features, dtype);
   REQUIRE(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.size(0) == bytes &&
               packed.is_contiguous(),
-          "packed must be contiguous uint8 [", bytes, "] for a [", out_features, ", ", in_features, "] ",
-          dtype, " weight; got ", name_of(packed.scalar_type()), " ", shape_of(packed));
+          "packed must be contiguous uint8 [", bytes, "] for a [", out_features, ", ", in_features, "] ", dtype,
+          " weight; got ", name_of(packed.scalar_type()), " ", shape_of(packed));
   const auto data = static_cast<const uint8_t*>(packed.const_data_ptr());
   REQUIRE(reinterpret_cast<uintptr_t>(data) % 64 == 0 || bytes == 0,
           "packed must start at a multiple of 64 bytes, as pack() makes it; got an address ",
@@ -284,8 +285,10 @@ bool rows_are_regular(const Tensor& x, int64_t& stride) {
   int64_t next = 0;  // what the next outer dimension must step by
   for (int64_t i = dims - 2; i >= 0; --i) {
     if (x.size(i) == 1) continue;
-    if (!found) stride = x.stride(i), found = true;
-    else if (x.stride(i) != next) return false;
+    if (!found)
+      stride = x.stride(i), found = true;
+    else if (x.stride(i) != next)
+      return false;
     next = x.stride(i) * x.size(i);
   }
   return true;
@@ -355,7 +358,8 @@ Tensor linear(const Tensor& x_in, const Tensor& packed, std::optional<Tensor> bi
   return y;
 }
 
-// ---- Instruction sets -------------------------------------------------------------------------------------------------
+// ---- Instruction sets
+// -------------------------------------------------------------------------------------------------
 
 constexpr const char* ISA_NAMES[] = {"portable", "avx2", "avx512", "avx512_bf16"};  // in the order of Isa
 
@@ -365,8 +369,8 @@ void force_cpu_isa(std::string isa) {
   for (int i = 0; i <= static_cast<int>(cpu::best_isa()); ++i) {
     if (isa == ISA_NAMES[i]) return cpu::force_isa(static_cast<cpu::Isa>(i));
   }
-  refuse("isa must be one that this machine runs, portable up to ",
-          ISA_NAMES[static_cast<int>(cpu::best_isa())], "; got '", isa, "'");
+  refuse("isa must be one that this machine runs, portable up to ", ISA_NAMES[static_cast<int>(cpu::best_isa())],
+         "; got '", isa, "'");
 }
 
 std::string device_archs() { return SPARSE24_ARCHS; }

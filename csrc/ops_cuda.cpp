@@ -28,8 +28,9 @@ void* current_stream(int device) {
     aoti_torch_delete_stream(handle);
     STABLE_TORCH_ERROR_CODE_CHECK(error);
   } else {
-    REQUIRE(stream_of != nullptr, "this torch tells no CUDA stream: it has neither torch_stream_native_handle nor "
-                                  "aoti_torch_get_current_cuda_stream");
+    REQUIRE(stream_of != nullptr,
+            "this torch tells no CUDA stream: it has neither torch_stream_native_handle nor "
+            "aoti_torch_get_current_cuda_stream");
     STABLE_TORCH_ERROR_CODE_CHECK(stream_of(device, &stream));
   }
   return stream;
@@ -47,9 +48,9 @@ Tensor decompress(const Tensor& values, const Tensor& meta, int64_t in_features,
   Tensor dense = empty_like_device(values, {rows, columns}, storage_of(element));
   if (rows == 0 || in_features == 0) return dense;
   cuda::run_on_driver(cuda::describe_decompress(canonical_values.const_data_ptr(),
-                                    static_cast<const uint8_t*>(canonical_meta.const_data_ptr()),
-                                    dense.mutable_data_ptr(), rows, in_features, element, kind),
-                device, current_stream(device));
+                                                static_cast<const uint8_t*>(canonical_meta.const_data_ptr()),
+                                                dense.mutable_data_ptr(), rows, in_features, element, kind),
+                      device, current_stream(device));
   return dense;
 }
 

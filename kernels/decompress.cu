@@ -16,9 +16,9 @@ constexpr int BLOCK_ROWS = 8;    // 256 threads, full occupancy at any register 
 
 // A unit is PAIR elements of T: one, or two for pair 4:8.
 template <typename T, int PAIR>
-__device__ __forceinline__ void decompress_rows(const T* __restrict__ values,        // [rows, 2 * PAIR * groups]
-                                                const uint8_t* __restrict__ meta,    // [rows, (groups + 1) / 2]
-                                                T* __restrict__ dense,               // [rows, columns]
+__device__ __forceinline__ void decompress_rows(const T* __restrict__ values,      // [rows, 2 * PAIR * groups]
+                                                const uint8_t* __restrict__ meta,  // [rows, (groups + 1) / 2]
+                                                T* __restrict__ dense,             // [rows, columns]
                                                 int64_t rows, int64_t columns) {
   const int64_t groups = (columns + 4 * PAIR - 1) / (4 * PAIR);
   const int64_t row_bytes = (groups + 1) / 2;
@@ -81,9 +81,9 @@ __device__ __forceinline__ void decompress_nibble_rows(const uint8_t* __restrict
 }  // namespace sparse24
 
 // pair 4:8 on int4 is decompress_b8 on bytes, with columns = ceil(K / 2).
-#define SPARSE24_DECOMPRESS(NAME, T, PAIR)                                                                          \
-  extern "C" __global__ void NAME(const T* values, const uint8_t* meta, T* dense, int64_t rows, int64_t columns) {  \
-    sparse24::decompress_rows<T, PAIR>(values, meta, dense, rows, columns);                                         \
+#define SPARSE24_DECOMPRESS(NAME, T, PAIR)                                                                         \
+  extern "C" __global__ void NAME(const T* values, const uint8_t* meta, T* dense, int64_t rows, int64_t columns) { \
+    sparse24::decompress_rows<T, PAIR>(values, meta, dense, rows, columns);                                        \
   }
 SPARSE24_DECOMPRESS(decompress_b8, uint8_t, 1)
 SPARSE24_DECOMPRESS(decompress_b16, uint16_t, 1)

@@ -13,7 +13,7 @@ rule and what came.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,13 +41,13 @@ _NAMES = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
     torch.int8: "int8",
-    torch.int4: "int4",
+    torch.int4: "int4",  # type: ignore[attr-defined]
     torch.uint8: "int4",  # how int4 lies in memory
 }
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")  # asking about another, such as meta, raises
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
     "relu": F.relu,
     "gelu": F.gelu,

@@ -224,7 +224,10 @@ BAD_CALLS = {
     ),
     "linear-int4": (lambda: linear(dtype=torch.int4), r"no kernel multiplies int4"),
     "activation": (lambda: linear(activation="tanh"), r"activation must be .*got 'tanh'"),
-    "activation-grad": (lambda: linear(x=X.clone().requires_grad_(), activation="tanh"), r"activation must be .*'tanh'"),
+    "activation-grad": (
+        lambda: linear(x=X.clone().requires_grad_(), activation="tanh"),
+        r"activation must be .*'tanh'",
+    ),
     "isa": (lambda: ops.force_cpu_isa("avx10").__enter__(), r"isa must be one that this machine runs.*got 'avx10'"),
 }
 

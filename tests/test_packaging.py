@@ -23,7 +23,9 @@ def test_links_neither_python_nor_cuda() -> None:
 
 
 def test_exports_no_symbol_of_ours() -> None:
-    symbols = subprocess.run(["nm", "-DC", "--defined-only", LIBRARY], check=True, capture_output=True, text=True).stdout
+    symbols = subprocess.run(
+        ["nm", "-DC", "--defined-only", LIBRARY], check=True, capture_output=True, text=True
+    ).stdout
     assert "sparse24::" not in symbols
 
 

@@ -8,7 +8,7 @@ namespace sparse24::cuda {
 namespace {
 
 constexpr unsigned BLOCK_BYTES = 32, BLOCK_ROWS = 8;  // as in the kernel
-constexpr int64_t MAX_GRID_Y = 65535;                 // CUDA C++ Programming Guide, compute capabilities; rows beyond it loop
+constexpr int64_t MAX_GRID_Y = 65535;  // CUDA C++ Programming Guide, compute capabilities; rows beyond it loop
 
 const char* kernel_name(Element element, Pattern pattern) {
   const bool pair = pattern == Pattern::PAIR_FOUR_EIGHT;

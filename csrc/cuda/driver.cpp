@@ -49,7 +49,8 @@ struct Driver {
     if (!library) throw std::runtime_error(std::string("there is no CUDA driver: ") + dlerror());
     const auto find = [library](auto& entry, const char* name) {
       entry = reinterpret_cast<std::decay_t<decltype(entry)>>(dlsym(library, name));
-      if (!entry) throw std::runtime_error(std::string("libcuda.so.1 has no ") + name + "; CUDA 12.0 or newer is needed");
+      if (!entry)
+        throw std::runtime_error(std::string("libcuda.so.1 has no ") + name + "; CUDA 12.0 or newer is needed");
     };
     find(init, "cuInit");
     find(error_string, "cuGetErrorString");
