@@ -84,12 +84,11 @@ SPARSE24_INLINE constexpr Word keep_best(Beats<Word> beats) {
   }
 }
 
-// For exact compression a nonzero unit beats a zero one, so free slots go to the lowest unused index.
+// For exact compression a nonzero unit beats every earlier one: all nonzero ones stay, and free slots go to the lowest
+// unused index. Only for groups that are not overfull.
 template <class Word>
 SPARSE24_INLINE constexpr Beats<Word> nonzero_beats(Word nonzero) {
-  return {(((nonzero >> 1) & ~nonzero) & each_group<Word>(0b0111)) |
-              ((nonzero & ~(nonzero << 3)) & each_group<Word>(0b1000)),
-          (nonzero >> 2) & ~nonzero};
+  return {((nonzero >> 1) & each_group<Word>(0b0111)) | (nonzero & each_group<Word>(0b1000)), nonzero >> 2};
 }
 
 // Bit 0 of every group that has more nonzero units than its pattern keeps.
@@ -137,8 +136,8 @@ template <Element ELEMENT>
 SPARSE24_INLINE constexpr uint32_t magnitude(uint32_t bits) {
   if constexpr (ELEMENT == Element::I8 || ELEMENT == Element::I4) {
     constexpr uint32_t SIGN = 1u << (element_bits(ELEMENT) - 1);
-    const uint32_t x = bits & (2 * SIGN - 1);
-    return x & SIGN ? 2 * SIGN - x : x;
+    const uint32_t x = bits & (2 * SIGN - 1), negative = 0 - x / SIGN;  // 0 or all ones
+    return ((x ^ negative) - negative) & (2 * SIGN - 1);
   } else {
     constexpr uint32_t INFINITE = ELEMENT == Element::F32 ? 0x7f800000 : ELEMENT == Element::F16 ? 0x7c00 : 0x7f80;
     const uint32_t x = bits & (ELEMENT == Element::F32 ? 0x7fffffff : 0x7fff);

@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 from sparse24.nn import SparseLinear
 from sparse24.pruning import Mask
 from sparse24.quantization import is_fake_quantized, remove_input_hook
-from sparse24.reporting import Outcome, Report, linear_layers, own_parametrizations, parametrizations
+from sparse24.reporting import Outcome, Report, linear_layers, ours_alone, own_parametrizations, parametrizations
 
 _HOOKS = (
     "_forward_hooks",
@@ -40,7 +40,7 @@ def convert(model: nn.Module) -> Report[Outcome]:
             if not reason:
                 try:
                     sparse = SparseLinear.from_dense(layer, pattern=pattern)
-                    layer = replacements[id(layer)] = (sparse.quantize() if int8 else sparse).pack()
+                    replacements[id(layer)] = layer = (sparse.quantize() if int8 else sparse).pack()
                 except RuntimeError as error:
                     reason = str(error)
         elif isinstance(layer, SparseLinear) and layer.packed is None:
@@ -54,16 +54,24 @@ def convert(model: nn.Module) -> Report[Outcome]:
 
 
 def _bake(linear: nn.Linear) -> tuple[str, bool]:
-    """Turn a weight that is parametrised by us alone into a plain one, masked; its pattern, and whether it is int8."""
+    """Turn a weight that is parametrised by us alone into a plain one, masked; its pattern, and whether it is int8.
+
+    Not by parametrize.remove_parametrizations: that takes the property `weight` off the class, which a deep copy of the
+    layer (a teacher, say) still shares, and writes into the parameter, which another layer may share.
+    """
     rules = own_parametrizations(linear)
     pattern = next((rule.pattern for rule in rules if isinstance(rule, Mask)), "2:4")
     int8 = is_fake_quantized(linear)
     stack = parametrizations(linear)
-    if rules and len(rules) == len(stack):
+    if isinstance(stack, parametrize.ParametrizationList) and ours_alone(linear):
         remove_input_hook(linear)
-        if int8:
-            del stack[-1]  # the integers come from the weight before its rounding, as they did in training
-        parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
+        weight = stack.original
+        for rule in rules:
+            if isinstance(rule, Mask):  # int8 is rounded from the masked weight, as it was in training
+                weight = rule(weight)
+        linear.__class__ = type(linear).__bases__[0]
+        del linear._modules["parametrizations"]
+        linear.weight = nn.Parameter(weight.detach(), requires_grad=stack.original.requires_grad)
     return pattern, int8
 
 

@@ -67,8 +67,10 @@ class SparseWeight(torch.Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is Tensor.data.__get__:  # type: ignore[attr-defined]
+        if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0]  # so that weight.data.normal_() is refused like weight.normal_()
+        if func is Tensor.__setitem__ and isinstance(args[0], SparseWeight):
+            raise RuntimeError(_READ_ONLY)
         with torch._C.DisableTorchFunctionSubclass():
             if func in _READS_STORAGE:
                 args = (args[0].detach(), *args[1:])
@@ -79,10 +81,10 @@ class SparseWeight(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            writes = argument.alias_info is not None and argument.alias_info.is_write
-            if writes and isinstance(value, SparseWeight):
-                raise RuntimeError(f"weight is read-only: its layer holds values and meta; got {func}")
+        for place, argument in enumerate(func._schema.arguments):
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            if argument.is_write and isinstance(value, SparseWeight):
+                raise RuntimeError(_READ_ONLY)
         args, kwargs = torch.utils._pytree.tree_map_only(SparseWeight, _decompressed, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -91,6 +93,7 @@ class _TracedWeight(torch.Tensor):
     """What SparseWeight is under torch.compile, which cannot trace a wrapper: the dense weight, dropped if unused."""
 
 
+_READ_ONLY = "weight is read-only: load values and meta, or make a new layer by from_dense()"
 _READS_STORAGE = (Tensor.numpy, Tensor.tolist, Tensor.__deepcopy__, Tensor.__reduce_ex__)  # these never dispatch
 
 
@@ -164,7 +167,8 @@ class SparseLinear(nn.Module):
         self.values = nn.Parameter(values, requires_grad=not integer)
         meta = torch.empty(shapes["meta"], dtype=torch.uint8, device=device)
         self.meta = nn.Parameter(meta, requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        bias_vector = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        self.register_parameter("bias", bias_vector)
         scales = torch.empty(out_features, dtype=torch.float32, device=device) if integer else None
         self.register_buffer("scales", scales)
         self.register_buffer("packed", None, persistent=False)
@@ -247,10 +251,9 @@ class SparseLinear(nn.Module):
 
     def _settle(self) -> None:
         """Bring a frozen layer into its resident form."""
-        if not self._frozen:
+        values, meta = self._parameters.get("values"), self._parameters.get("meta")
+        if not self._frozen or values is None or meta is None:
             return
-        values, meta = self._parameters["values"], self._parameters["meta"]
-        assert values is not None and meta is not None
         if values.device.type in PACKING_DEVICES:
             self._buffers["packed"] = ops.pack(values.detach(), meta.detach(), in_features=self.in_features)
             del self._parameters["values"], self._parameters["meta"]
@@ -308,19 +311,21 @@ class SparseLinear(nn.Module):
                 f"got {list(x.shape)}"
             )
         self._check_dtype(x)
-        weight = self._dense_weight()
-        activation = ops.ACTIVATIONS[self.activation]
         if self.scales is None:
-            return activation(F.linear(x, weight, self.bias))
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
+            return ops.ACTIVATIONS[self.activation](F.linear(x, self._dense_weight(), self.bias))
+        cast = _autocast_dtype(x.device.type)
+        if cast is None:
+            return self._dense_int8(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._dense_int8(x.to(cast))
+
+    def _dense_int8(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
-        with torch.autocast(device, enabled=False):
-            return activation(F.linear(fake_quantize(x.float()), weight, bias)).to(x.dtype)
+        y = F.linear(fake_quantize(x.float()), self._dense_weight(), bias)
+        return ops.ACTIVATIONS[self.activation](y).to(x.dtype)
 
     def _check_dtype(self, x: Tensor) -> None:
-        if x.dtype is not self.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype is not self.dtype and _autocast_dtype(x.device.type) is None:
             raise RuntimeError(f"x must be {self.dtype}, the dtype of this layer, outside autocast; got {x.dtype}")
 
     def _dense_weight(self) -> Tensor:
@@ -360,7 +365,7 @@ class SparseLinear(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
-            raise AttributeError("weight is read-only: load values and meta, or make a new layer by from_dense()")
+            raise AttributeError(_READ_ONLY)
         super().__setattr__(name, value)
 
     # ---- dtype and device moves, copies, pickles
@@ -431,9 +436,8 @@ class SparseLinear(nn.Module):
         names = ["values", "meta"]
         names += ["bias"] if self.bias is not None else []
         names += ["scales"] if self.scales is not None else []
-        missing = [prefix + name for name in names if prefix + name not in state_dict]
         if strict:
-            missing_keys += missing
+            missing_keys += [prefix + name for name in names if prefix + name not in state_dict]
             known = {prefix + name for name in names}
             unexpected_keys += [key for key in state_dict if key.startswith(prefix) and key not in known]
         incoming = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
@@ -448,7 +452,7 @@ class SparseLinear(nn.Module):
         elif not assign and any(t.is_meta for t in incoming.values() if isinstance(t, Tensor)):
             problems.append("the state is on the meta device and has no data")
         error_msgs += [prefix + problem for problem in problems]
-        if not problems and not (strict and missing):
+        if not problems:
             self._accept(incoming, dtype, assign)
 
     def _problems(self, incoming: dict[str, Any], dtype: torch.dtype) -> Iterator[str]:
@@ -472,14 +476,16 @@ class SparseLinear(nn.Module):
             else:
                 continue
             sound = False
-        if ("values" in incoming) != ("meta" in incoming):
-            yield "values and meta belong together; got one of them"
+        parts = ["values", "meta"] + (["scales"] if self.scales is not None else [])
+        absent = [name for name in parts if name not in incoming]
+        if 0 < len(absent) < len(parts):
+            yield f"{', '.join(parts)} belong together; {' and '.join(absent)} did not come"
         elif sound and "values" in incoming and not incoming["values"].is_meta and not incoming["meta"].is_meta:
             values, meta = (incoming[name].detach().cpu().contiguous() for name in ("values", "meta"))
             try:
                 ops.validate(values, meta, in_features=self.in_features, pattern=self.pattern)
             except RuntimeError as error:
-                yield f"meta: {error}"
+                yield f"{'values' if str(error).startswith('values') else 'meta'}: {error}"
 
     @torch.no_grad()
     def _accept(self, incoming: dict[str, Tensor], dtype: torch.dtype, assign: bool) -> None:
@@ -511,6 +517,13 @@ def check_pattern(pattern: str) -> None:
         raise RuntimeError("pattern must be '2:4' or '1:2'; 'pair 4:8' is for int4 weights, which have no kernel yet")
     if pattern not in ("2:4", "1:2"):
         raise RuntimeError(f"pattern must be '2:4' or '1:2'; got {pattern!r}")
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast makes of x on such a device, or None where it is off."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def _check_float(dtype: torch.dtype) -> None:

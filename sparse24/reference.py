@@ -13,8 +13,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FORMAT_VERSION = 1
-
 # Which units of a group compete, and how many of them stay.
 CONTESTS: dict[str, list[tuple[list[int], int]]] = {
     "2:4": [([0, 1, 2, 3], 2)],
@@ -129,8 +127,8 @@ def unpack_int4(packed: Tensor) -> Tensor:
 def to_cutlass(values: Tensor, meta: Tensor) -> tuple[Tensor, Tensor]:
     """values, meta in the order that torch.sparse._semi_structured_conversions and CUTLASS keep them in.
 
-    values: float16 or bfloat16 in 2:4 (N % 32 == 0, K % 16 == 0), int8 in 2:4 (N % 16 == 0, K % 32 == 0), or float32 in
-    1:2 (N % 32 == 0, K % 8 == 0).
+    values: float16 or bfloat16 in 2:4 (N % 32 == 0, K % 32 == 0), int8 in 2:4 (N % 16 == 0, K % 64 == 0), or float32 in
+    1:2 (N % 32 == 0, K % 16 == 0).
     Returns values themselves, and the codes in int16 words (int8: int32), permuted. A float32 group is two nibbles
     there: its hardware counts in 16-bit halves, so keeping the first float is (0, 1) and the second is (2, 3).
     Source: CUTLASS host_reorder.h (reorder_meta) and layout::ColumnMajorInterleaved<2>.

@@ -119,17 +119,22 @@ def parametrizations(linear: nn.Linear) -> nn.ModuleList:
     return cast(parametrize.ParametrizationList, cast(nn.ModuleDict, linear.parametrizations)["weight"])
 
 
+def ours_alone(linear: nn.Linear) -> bool:
+    """Whether all that is registered on the layer, on its weight or elsewhere, is of sparse24."""
+    names = cast(nn.ModuleDict, linear.parametrizations).keys() if parametrize.is_parametrized(linear) else ()
+    return set(names) <= {"weight"} and len(own_parametrizations(linear)) == len(parametrizations(linear))
+
+
 def _why_not(linear: nn.Linear, owners: dict[int, list[str]]) -> str:
     rules = parametrizations(linear)
-    foreign = [type(rule).__name__ for rule in rules if rule not in own_parametrizations(linear)]
     weight = rules.original if isinstance(rules, parametrize.ParametrizationList) else linear.weight
     names = owners.get(id(weight), [])
     if type(linear).forward is not nn.Linear.forward:
         return f"{type(linear).__name__} overrides nn.Linear.forward"
     if "forward" in vars(linear):
         return "its forward was replaced on the instance"
-    if foreign:
-        return f"its weight is parametrised by {', '.join(foreign)}"
+    if not ours_alone(linear):
+        return "it has a parametrisation of others, which would be lost"
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}, not an nn.Parameter"
     if len(names) > 1:

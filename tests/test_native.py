@@ -9,14 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = [path.stem for path in sorted((ROOT / "tests" / "native").glob("test_*.cpp"))]
-FLAVOURS = {"release": "", "sanitizers": "-g1 -fsanitize=address,undefined -fno-sanitize-recover=all"}
+BUILD_TYPES = ["Release", "Sanitize"]  # CMakeLists.txt
 
 
-@pytest.fixture(scope="session", params=FLAVOURS)
+@pytest.fixture(scope="session", params=BUILD_TYPES)
 def build(request: pytest.FixtureRequest) -> Path:
-    folder = ROOT / "build" / f"native-{request.param}"
+    folder = ROOT / "build" / f"native-{request.param.lower()}"
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    configure = ["-DSPARSE24_NATIVE_TESTS=ON", f"-DCMAKE_CXX_FLAGS={FLAVOURS[request.param]}"]
+    configure = ["-DSPARSE24_NATIVE_TESTS=ON", f"-DCMAKE_BUILD_TYPE={request.param}"]
     subprocess.run(["cmake", "-S", ROOT, "-B", folder, *generator, *configure], check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["cmake", "--build", folder], check=True, stdout=subprocess.DEVNULL)
     return folder

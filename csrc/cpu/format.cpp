@@ -77,7 +77,7 @@ struct Portable {
     }
     Beats<uint64_t> beats{0, 0};
     for (int unit = 0; unit < BLOCK_UNITS; unit += 4) {
-      const uint32_t *s = size + unit;
+      const uint32_t* s = size + unit;
       const uint64_t next = (s[1] > s[0]) | ((s[2] > s[1]) << 1) | ((s[3] > s[2]) << 2) | ((s[3] > s[0]) << 3);
       const uint64_t opposite = (s[2] > s[0]) | ((s[3] > s[1]) << 1);
       beats.next |= next << unit;
@@ -209,7 +209,6 @@ void decompress_row(const FormatKernels& kernels, const Row& row, const uint8_t*
   memcpy(block.values, values + row.body.values, row.rest.values);
   memcpy(block.meta, meta + row.body.meta, row.rest.meta);
   kernels.decompress(block.values, block.meta, 1, block.dense);
-  if (row.half_dense) block.dense[row.rest.dense - 1] &= 15;
   memcpy(dense + row.body.dense, block.dense, row.rest.dense);
 }
 
@@ -305,9 +304,9 @@ Misfit compress(const Dense& dense, Pattern pattern, Selection selection, Compre
   FirstMisfit misfit(group_count(pattern, dense.in_features));
   parallel_for(0, dense.rows, rows_per_task(dense.in_features), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end && !misfit.known_before(n); ++n) {
-      const int64_t group = compress_row(kernels, row, row_of(dense, n),
-                                         static_cast<uint8_t*>(out.values) + n * row.values_bytes(),
-                                         out.meta + n * row.meta_bytes(), stream);
+      const int64_t group =
+          compress_row(kernels, row, row_of(dense, n), static_cast<uint8_t*>(out.values) + n * row.values_bytes(),
+                       out.meta + n * row.meta_bytes(), stream);
       if (group >= 0) misfit.report(n, group);
     }
 #if defined(__x86_64__)

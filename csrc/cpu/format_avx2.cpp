@@ -1,4 +1,4 @@
-// The format's kernels in AVX2 (format_kernels.h): bytes of `keep`, two groups each, look up the shuffles that move units.
+// The format's kernels in AVX2 (format_kernels.h): a byte of `keep`, two groups, looks up the shuffle that moves units.
 #include <immintrin.h>
 
 #include "csrc/cpu/format_kernels.h"
@@ -250,9 +250,7 @@ struct Avx2 {
 
   template <int BYTES>
   static __m256i greater(__m256i a, __m256i b) {
-    return BYTES == 4   ? _mm256_cmpgt_epi32(a, b)
-           : BYTES == 2 ? _mm256_cmpgt_epi16(a, b)
-                        : _mm256_cmpgt_epi8(a, b);
+    return BYTES == 4 ? _mm256_cmpgt_epi32(a, b) : BYTES == 2 ? _mm256_cmpgt_epi16(a, b) : _mm256_cmpgt_epi8(a, b);
   }
 
   // Control of a byte shuffle that takes these units in every group of four units of BYTES bytes.

