@@ -1,7 +1,26 @@
 """2:4 structured sparsity for PyTorch: prune, compress and run, on sparse tensor cores and on plain CPUs."""
 
+from sparse24.conversion import convert
+from sparse24.io import load, save
+from sparse24.nn import SparseLinear
 from sparse24.ops import compress, decompress, prune_compress, prune_mask, validate
+from sparse24.pruning import prune
+from sparse24.quantization import quantize
+from sparse24.reporting import report
 
 __version__ = "0.1.0"
 
-__all__ = ["compress", "decompress", "prune_compress", "prune_mask", "validate"]
+__all__ = [
+    "SparseLinear",
+    "compress",
+    "convert",
+    "decompress",
+    "load",
+    "prune",
+    "prune_compress",
+    "prune_mask",
+    "quantize",
+    "report",
+    "save",
+    "validate",
+]

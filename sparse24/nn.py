@@ -1,104 +1,23 @@
-"""SparseLinear: nn.Linear with a 2:4 weight. Its state, its two forms, its forward; and the int8 rounding rule.
+"""SparseLinear: nn.Linear with a 2:4 weight. Its state, its two forms, its forward.
 
 Canonical form: `values` and `meta`, two parameters; what is saved, loaded, trained and moved (docs/format.md).
 Packed form: one uint8 buffer, the same bytes in the order of the CPU kernels. Exactly one of them is resident.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse24 import ops
+from sparse24.rounding import fake_quantize, quantize_rows
+from sparse24.weight import READ_ONLY, SparseWeight, TracedWeight
 
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+_PACKED = "a packed SparseLinear has no {}: call unpack() first, or use state_dict() and load_state_dict()"
 PACKING_DEVICES = ("cpu", "meta")  # CUDA has no sparse GEMM in this version: the canonical form stays and runs dense
-
-
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The int8 rounding rule, of weights (per output channel) and of activations (per token) alike.
-
-    x: [..., K] float32. Returns q [..., K] float32, whole numbers in [-127, 127], and scale [..., 1] float32 with
-    scale = amax / 127 (amax 0 gives 1) and q = clamp(round to nearest even(x / scale)). A row with an Inf or a NaN
-    gets a scale that is not finite, and q * scale is NaN all along it.
-    """
-    amax = x.abs().amax(-1, keepdim=True)
-    scale = amax / torch.full_like(amax, 127)  # by a tensor: CUDA multiplies by the reciprocal of a Python number
-    scale = torch.where(scale == 0, 1.0, scale)
-    return torch.round(x / scale).clamp(-127, 127), scale
-
-
-class _FakeQuantize(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        q, scale = quantize_rows(x.float())
-        return (q * scale).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
-
-
-def fake_quantize(x: Tensor) -> Tensor:
-    """x [..., K] rounded to int8 and back row by row (quantize_rows), dtype of x. The gradient passes straight."""
-    y: Tensor = _FakeQuantize.apply(x)  # type: ignore[no-untyped-call]
-    return y
-
-
-class SparseWeight(torch.Tensor):
-    """The weight of a SparseLinear as others see it: shape, dtype and device at no cost; reading its data decompresses.
-
-    Read-only and detached. Being a subclass that handles torch functions, it makes nn.TransformerEncoderLayer leave
-    its fused path, which reads weights, and call the layers.
-    """
-
-    _layer: "SparseLinear"
-
-    @staticmethod
-    def __new__(cls, layer: "SparseLinear") -> "SparseWeight":
-        shape = (layer.out_features, layer.in_features)
-        weight: SparseWeight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=layer.dtype, device=layer.device)
-        weight._layer = layer
-        return weight
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func == Tensor.data.__get__:  # type: ignore[attr-defined]
-            return args[0]  # so that weight.data.normal_() is refused like weight.normal_()
-        if func is Tensor.__setitem__ and isinstance(args[0], SparseWeight):
-            raise RuntimeError(_READ_ONLY)
-        with torch._C.DisableTorchFunctionSubclass():
-            if func in _READS_STORAGE:
-                args = (args[0].detach(), *args[1:])
-            return func(*args, **(kwargs or {}))
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        for place, argument in enumerate(func._schema.arguments):
-            value = args[place] if place < len(args) else kwargs.get(argument.name)
-            if argument.is_write and isinstance(value, SparseWeight):
-                raise RuntimeError(_READ_ONLY)
-        args, kwargs = torch.utils._pytree.tree_map_only(SparseWeight, _decompressed, (args, kwargs))
-        return func(*args, **kwargs)
-
-
-class _TracedWeight(torch.Tensor):
-    """What SparseWeight is under torch.compile, which cannot trace a wrapper: the dense weight, dropped if unused."""
-
-
-_READ_ONLY = "weight is read-only: load values and meta, or make a new layer by from_dense()"
-_READS_STORAGE = (Tensor.numpy, Tensor.tolist, Tensor.__deepcopy__, Tensor.__reduce_ex__)  # these never dispatch
-
-
-def _decompressed(weight: SparseWeight) -> Tensor:
-    return weight._layer._detached_weight()
 
 
 class SparseLinear(nn.Module):
@@ -117,9 +36,9 @@ class SparseLinear(nn.Module):
 
     A new layer starts as nn.Linear does, pruned by magnitude, in canonical form: `values` can be trained, the pattern
     is fixed, and the product runs dense. `pack()` makes it sparse and fast; gradients then reach x and bias only.
-    state_dict() and load_state_dict() speak the canonical form in both. Loading checks everything: state that is
-    incomplete, of another dtype or shape, not finite in scales or illegal in meta is refused, and the layer stays as
-    it was. Float dtypes must agree, save under assign=True, where the layer takes the dtype of the state.
+    state_dict() and load_state_dict() speak the canonical form in both; of a packed layer it is a copy. Loading checks
+    everything: state that is incomplete, of another dtype or shape, not finite in scales or illegal in meta is refused,
+    and the layer stays as it was. Float dtypes must agree, save under assign=True, where the layer takes the state's.
 
     Raises RuntimeError for arguments, input and state that do not fit.
     Accuracy: see ops.linear.
@@ -176,7 +95,7 @@ class SparseLinear(nn.Module):
             self.reset_parameters()
 
     @classmethod
-    def from_dense(cls, linear: nn.Linear, *, pattern: str = "2:4", activation: str = "none") -> "SparseLinear":
+    def from_dense(cls, linear: nn.Linear, *, pattern: str = "2:4", activation: str = "none") -> Self:
         """An unpacked SparseLinear with the weight of `linear`, copied; its dtype, device and mode.
 
         Raises RuntimeError naming row, group and values where the weight does not fit the pattern; nothing is dropped.
@@ -214,7 +133,7 @@ class SparseLinear(nn.Module):
 
     # ---- the two forms
 
-    def pack(self) -> "SparseLinear":
+    def pack(self) -> Self:
         """Freeze: values and meta give way to the packed form, which runs sparse. Returns self.
 
         Device moves keep it. CUDA has no sparse kernel in this version: there the canonical form stays, frozen, and
@@ -224,14 +143,14 @@ class SparseLinear(nn.Module):
         self._settle()
         return self
 
-    def unpack(self) -> "SparseLinear":
+    def unpack(self) -> Self:
         """The exact inverse of pack(): values (trainable if float) and meta are parameters again. Returns self."""
         self._thaw()
         self._frozen = False
         self.values.requires_grad_(self.weight_dtype.is_floating_point)
         return self
 
-    def quantize(self) -> "SparseLinear":
+    def quantize(self) -> Self:
         """Round a float weight to int8 per output channel, in place (quantize_rows). Returns self.
 
         Raises RuntimeError, and changes nothing, where a row of the weight is not finite.
@@ -343,7 +262,7 @@ class SparseLinear(nn.Module):
     def weight(self) -> Tensor:
         """W [out_features, in_features], `dtype`: metadata is free, reading data decompresses, writing raises."""
         if torch.compiler.is_compiling():
-            return self._detached_weight().as_subclass(_TracedWeight)
+            return self._detached_weight().as_subclass(TracedWeight)
         return SparseWeight(self)
 
     @property
@@ -360,17 +279,19 @@ class SparseLinear(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name in ("values", "meta") and self.packed is not None:
-            raise AttributeError(f"a packed SparseLinear has no {name}: call unpack() first, or read state_dict()")
+            raise AttributeError(_PACKED.format(name))
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
-            raise AttributeError(_READ_ONLY)
+            raise AttributeError(READ_ONLY)
+        if name in ("values", "meta") and self._buffers.get("packed") is not None:
+            raise AttributeError(_PACKED.format(name))
         super().__setattr__(name, value)
 
     # ---- dtype and device moves, copies, pickles
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseLinear":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         _check_float(probe.dtype)
         scales = self.scales
@@ -481,7 +402,7 @@ class SparseLinear(nn.Module):
         if 0 < len(absent) < len(parts):
             yield f"{', '.join(parts)} belong together; {' and '.join(absent)} did not come"
         elif sound and "values" in incoming and not incoming["values"].is_meta and not incoming["meta"].is_meta:
-            values, meta = (incoming[name].detach().cpu().contiguous() for name in ("values", "meta"))
+            values, meta = (_whole(incoming[name]).cpu().contiguous() for name in ("values", "meta"))
             try:
                 ops.validate(values, meta, in_features=self.in_features, pattern=self.pattern)
             except RuntimeError as error:
@@ -509,6 +430,12 @@ class SparseLinear(nn.Module):
             store[name] = tensor
         if "values" in incoming:
             self._settle()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor, detached; all of it where FSDP has sharded it."""
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.detach()
 
 
 def check_pattern(pattern: str) -> None:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sparse24.nn import SparseLinear, fake_quantize
+from sparse24.nn import SparseLinear
 from sparse24.reporting import Outcome, Report, linear_layers, own_parametrizations
+from sparse24.rounding import fake_quantize
 
 
 class FakeQuantize(nn.Module):
@@ -34,7 +35,7 @@ def quantize(model: nn.Module, dtype: torch.dtype = torch.int8) -> Report[Outcom
 
     A pruned nn.Linear gets fake quantisation after its mask: it stays dense and trainable (a zero stays zero), and
     convert() turns it into the int8 layer with the very integers it used. A SparseLinear, after convert(), is rounded
-    at once. The rule is nn.quantize_rows. Other layers are left alone.
+    at once. The rule is rounding.quantize_rows. Other layers are left alone.
     Returns one row per layer: "quantized", or "skipped" with the reason.
     Raises RuntimeError if dtype is not torch.int8.
     """

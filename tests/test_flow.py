@@ -13,10 +13,11 @@ from torch.nn.utils import parametrize
 
 from sparse24 import ops
 from sparse24.conversion import convert
-from sparse24.nn import SparseLinear, fake_quantize, quantize_rows
+from sparse24.nn import SparseLinear
 from sparse24.pruning import Mask, prune
 from sparse24.quantization import FakeQuantize, quantize
 from sparse24.reporting import Report, report
+from sparse24.rounding import fake_quantize, quantize_rows
 
 
 def mlp(seed: int = 0) -> nn.Sequential:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from sparse24 import nn as sparse24_nn
 from sparse24 import ops
-from sparse24.nn import SparseLinear, fake_quantize, quantize_rows
+from sparse24.nn import SparseLinear
+from sparse24.rounding import fake_quantize, quantize_rows
 
 KINDS: dict[str, dict] = {
     "f32": {},
@@ -84,6 +85,17 @@ def test_new_layer_is_legal_and_starts_like_linear(kind: str) -> None:
     assert torch.equal(dense_weight(layer), expected)
     if layer.bias is not None:
         assert torch.equal(layer.bias, dense.bias)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@every_form
+@pytest.mark.parametrize("weight_dtype", [None, torch.int8])
+@pytest.mark.parametrize("in_features,out_features", [(0, 3), (3, 0), (1, 1)])
+def test_sizes_of_nothing_and_one(in_features: int, out_features: int, weight_dtype: torch.dtype, form: str) -> None:
+    layer = SparseLinear(in_features, out_features, weight_dtype=weight_dtype)
+    x = tokens(layer, 2)
+    y = (layer.pack() if form == "packed" else layer)(x)
+    assert_linear(y.detach(), rounded(layer, x), dense_weight(layer), layer.bias)
 
 
 @pytest.mark.parametrize("in_features", [1, 2, 3, 4, 5, 8, 31, 64])
@@ -228,6 +240,8 @@ def test_exactly_one_form_is_resident(kind: str) -> None:
         assert not hasattr(layer, name)
         with pytest.raises(AttributeError, match=rf"a packed SparseLinear has no {name}: call unpack\(\)"):
             getattr(layer, name)
+        with pytest.raises(AttributeError, match=rf"a packed SparseLinear has no {name}: call unpack\(\)"):
+            setattr(layer, name, nn.Parameter(torch.zeros(1)))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         layer.nonsense  # noqa: B018
 
@@ -695,6 +709,32 @@ def test_a_packed_layer_offers_an_optimiser_its_bias_alone() -> None:
     optimizer.step()
     assert [p.shape for p in optimizer.param_groups[0]["params"]] == [(N,)]
     assert torch.equal(dense_weight(layer), weight)
+
+
+def test_fsdp_shards_trains_and_loads_an_unpacked_layer() -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        layer, plain = make("f32"), make("f32")
+        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        x = tokens(plain, 3)
+        layer(x).sum().backward()
+        plain(x).sum().backward()
+        assert type(layer.values).__name__ == "DTensor"
+        assert torch.equal(layer.values.grad.full_tensor(), plain.values.grad)
+        for model in (layer, plain):
+            torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+        state = copy.deepcopy(layer.state_dict())
+        assert_same_state({key: t.full_tensor() for key, t in state.items()}, plain.state_dict())
+        with torch.no_grad():
+            layer.values.zero_()
+        layer.load_state_dict(state)
+        assert torch.equal(layer(x), plain(x))
+    finally:
+        dist.destroy_process_group()
 
 
 # ---- int8

@@ -57,7 +57,7 @@ struct FormatLoops {
   static constexpr int BLOCK_BYTES = block_bytes(PATTERN, ELEMENT);
 
   // Words of eight blocks at a time: compilers turn the loops over them into vector instructions.
-  static constexpr int BATCH = 4;
+  static constexpr int BATCH = 8;
   // Far enough ahead to cover the latency of memory, 100 ns or more at 16 GB/s. Past the end a prefetch does nothing.
   static constexpr int PREFETCH_BYTES = 4096;
 

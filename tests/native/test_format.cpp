@@ -204,7 +204,6 @@ void test_garbage(const Case& c, Random& random) {
     for (uint8_t& byte : *bytes) byte = static_cast<uint8_t>(random.bits());
   }
   Bytes expected(c.rows * c.dense_bytes(), 1);
-  Misfit misfit;
   for (Isa isa : isas()) {
     force_isa(isa);
     Bytes dense(c.rows * c.dense_bytes(), 1);
@@ -269,33 +268,49 @@ void test_validate(const Case& c, Random& random) {
 void test_large(Element element, Pattern pattern, int64_t in_features) {
   const Case c{element, pattern, in_features, (int64_t{18} << 20) * 4 / element_bits(element) / in_features + 1};
   Random random(in_features);
-  std::vector<uint32_t> dense((c.rows * c.dense_bytes() + 3) / 4);
-  for (uint32_t& bits : dense) bits = static_cast<uint32_t>(random.bits());
-  const Dense view{dense.data(), c.dense_bytes(), c.rows, c.in_features, element};
+  std::vector<uint32_t> random_bits((c.rows * c.dense_bytes() + 3) / 4);
+  for (uint32_t& bits : random_bits) bits = static_cast<uint32_t>(random.bits());
+  const Dense dense{random_bits.data(), c.dense_bytes(), c.rows, c.in_features, element};
+  std::vector<uint8_t> fitting(c.rows * c.dense_bytes());
+  const Dense fits{fitting.data(), c.dense_bytes(), c.rows, c.in_features, element};
   const int64_t values_bytes = c.rows * c.values_bytes(), meta_bytes = c.rows * c.meta_bytes();
   std::vector<uint8_t> expected(values_bytes + meta_bytes), own(values_bytes + meta_bytes + 64);
   uint8_t* aligned = own.data() + (64 - reinterpret_cast<uintptr_t>(own.data()) % 64) % 64;
+  const Compressed out{aligned, aligned + values_bytes};
+  const auto equal = [&] { return std::equal(expected.begin(), expected.end(), aligned); };
+
+  // Groups that do not fit, in late blocks of many rows: the first is named, whichever thread finds one first.
+  const int64_t middle = c.rows / 2, group = c.groups() * 2 / 3;
+  const int64_t group_bytes = element_bits(element) * group_columns(pattern) / 8;
+  const auto misfit_of = [&](int64_t row) { return fitting.data() + row * c.dense_bytes() + group * group_bytes; };
+
   for (Isa isa : isas()) {
     force_isa(isa);
     for (int threads : {1, 2, 5}) {
       test::set_thread_count(threads);
       std::fill(own.begin(), own.end(), 0);
-      compress(view, pattern, Selection::MAGNITUDE, {aligned, aligned + values_bytes});
-      if (isa == Isa::PORTABLE) std::copy(aligned, aligned + values_bytes + meta_bytes, expected.begin());
-      CHECK(std::equal(expected.begin(), expected.end(), aligned), c, ", threads ", threads);
+      CHECK(compress(dense, pattern, Selection::MAGNITUDE, out).row < 0, c);
+      if (isa == Isa::PORTABLE && threads == 1) {
+        std::copy(aligned, aligned + values_bytes + meta_bytes, expected.begin());
+      }
+      CHECK(equal(), c, ", threads ", threads);
+      decompress(out, c.rows, in_features, element, pattern, fitting.data());
+      std::fill(own.begin(), own.end(), 0);
+      CHECK(compress(fits, pattern, Selection::STRICT, out).row < 0, c);
+      CHECK(equal(), c, ", threads ", threads);
 
-      // Misfits in many rows: the first is named, whoever finds one first.
-      const Compressed compressed{aligned, aligned + values_bytes};
-      for (int64_t row : {c.rows - 1, c.rows / 2, c.rows / 2 + 1}) {
-        const int64_t group = c.groups() / 3;
-        aligned[values_bytes + row * c.meta_bytes() + group / 2] = 0;
-        const Misfit first = validate(compressed, c.rows, in_features, element, pattern);
-        CHECK(first == (Misfit{row == c.rows - 1 ? row : c.rows / 2, group / 2 * 2}), c, ", row ", first.row);
+      for (int64_t row : {c.rows - 1, middle + 1, middle}) {
+        std::memset(misfit_of(row), 0x11, group_bytes);
+        CHECK(compress(fits, pattern, Selection::STRICT, out) == (Misfit{row, group}), c, ", threads ", threads);
+      }
+      CHECK(compress(dense, pattern, Selection::MAGNITUDE, out).row < 0, c);
+      for (int64_t row : {c.rows - 1, middle + 1, middle}) {
+        out.meta[row * c.meta_bytes() + group / 2] = 0;
+        CHECK(validate(out, c.rows, in_features, element, pattern) == (Misfit{row, group / 2 * 2}), c);
       }
     }
-    test::set_thread_count(2);
-    CHECK(compress(view, pattern, Selection::STRICT, {aligned, aligned + values_bytes}).row == 0, c);
   }
+  test::set_thread_count(2);
 }
 
 }  // namespace
