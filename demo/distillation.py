@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import sparse24
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
+
+import sparse24
 
 CACHE = Path(__file__).parent.parent / ".cache"
 WARM_UP = 5  # steps

@@ -1,4 +1,4 @@
-"""What the demo needs beside the standard library, which alone this file imports: what is missing, and how to get it."""
+"""What the demo needs: what of it is missing, and the command that installs it. Imports the standard library alone."""
 
 import importlib
 import sys

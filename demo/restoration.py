@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 
-import sparse24
 import torch
 import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor, nn
 
+import sparse24
 from demo.distillation import Distilled, Recipe, converted, distil
 from demo.needs import package_file
 from demo.photographs import HELD_OUT, TRAINING, centre, photograph, training_crop
@@ -87,10 +87,10 @@ def _distil(student: nn.Module, teacher: nn.Module, limit_s: float, progress: Pr
 
 
 def run(limit_s: float, progress: Progress) -> tuple[Section, dict[str, Tensor]]:
-    """The rows of this model, and its pictures of the first held-out photograph: [3, SIDE, SIDE] by row, and the truth."""
+    """The rows of this model; and the first held-out photograph as it is and as each row has it, [3, SIDE, SIDE]."""
     teacher = load_model()
     student = copy.deepcopy(teacher)
-    pruned = sparse24.prune(student, skip=lambda name, layer: layer.in_features < 4)  # MLPs of the position biases
+    pruned = sparse24.prune(student, skip=lambda name, layer: layer.in_features < 4)
     layers = sum(row.outcome == "pruned" for row in pruned.rows)
     models: dict[str, Callable[[Tensor], Tensor]] = {"bicubic": upscale, "dense float32": teacher}
     models["2:4 float32, one-shot"] = converted(student)

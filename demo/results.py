@@ -1,4 +1,4 @@
-"""What the demo found: rows, the JSON they are kept in, and the one table made of it, for the terminal and README.md."""
+"""What the demo found: rows, the JSON they are kept in, and the one table made of it for terminal and README.md."""
 
 import json
 import platform
@@ -11,13 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import sparse24
 import torch
 from rich.table import Table
-from sparse24 import ops
 
+import sparse24
 from demo.needs import FLAGS, pins
 from demo.timing import Spread
+from sparse24 import ops
 
 ROOT = Path(__file__).parent.parent
 COMMITTED = ROOT / "benchmarks" / "results"

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-import sparse24
 import torch
 import torch.nn.functional as F
 from onnx import numpy_helper
@@ -25,6 +24,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
+import sparse24
 from demo.distillation import Distilled, Recipe, converted, distil
 from demo.needs import package_file
 from demo.photographs import HELD_OUT, centre, photograph, training_crop
@@ -163,6 +163,12 @@ def prepacked(model: nn.Module) -> nn.Module:
     return model
 
 
+def int8_engines() -> list[str]:
+    """torch's engines for dynamic int8 that may be the fastest on this machine."""
+    supported = torch.backends.quantized.supported_engines
+    return [engine for engine in ("x86", "onednn") if engine in supported] or ["qnnpack"]
+
+
 def dynamic_int8(model: nn.Module, engine: str) -> nn.Module:
     """A copy of the model by torch's own dynamic int8 quantisation, on one of its engines."""
     torch.backends.quantized.engine = engine
@@ -206,9 +212,8 @@ def dense_contenders(teacher: nn.Module) -> Iterator[Contender]:
         yield Contender(f"dense {dtype}", dtype, False, model)
         if torch.backends.mkldnn.is_available():
             yield Contender(f"dense {dtype}, oneDNN prepacked", dtype, False, prepacked(model))
-    for engine in ("x86", "onednn"):
-        if engine in torch.backends.quantized.supported_engines:
-            yield Contender(f"dense int8, quantize_dynamic {engine}", "int8", False, dynamic_int8(teacher, engine))
+    for engine in int8_engines():
+        yield Contender(f"dense int8, quantize_dynamic {engine}", "int8", False, dynamic_int8(teacher, engine))
 
 
 def sparse_contenders(student: nn.Module) -> Iterator[Contender]:
@@ -298,7 +303,7 @@ def latencies(
 
 @torch.inference_mode()
 def saved_and_loaded(contender: Contender, folder: Path) -> int:
-    """Bytes of the file of sparse24.save. Raises RuntimeError unless a fresh model loaded from it gives equal features."""
+    """Bytes of the file of sparse24.save. Raises RuntimeError unless a model loaded from it gives equal features."""
     path = folder / f"vit-s-2to4-{contender.dtype}.safetensors"
     sparse24.save(contender.model, path)
     dtype = torch.bfloat16 if contender.dtype == "bfloat16" else torch.float32

@@ -36,7 +36,7 @@ class Cost:
     reason: str  # why this kernel
     resident_bytes: int  # parameters and buffers of the layer as it is
     dense_bytes: int  # of an nn.Linear of this shape in the layer's float type
-    expected_gain: float | None  # at M = 1, by bytes; None where the product is dense
+    expected_gain_at_m1: float | None  # dense bytes / sparse bytes, same dtype; None where the product is dense
 
 
 Row = TypeVar("Row", Outcome, Cost)
@@ -66,7 +66,7 @@ class Report(Generic[Row]):
 
 def _cell(value: Any) -> str:
     if isinstance(value, tuple):
-        return " ".join(str(part) for part in value) or "-"
+        return str(list(value)) if value else "-"
     if isinstance(value, float):
         return f"{value:.2f}x"
     return f"{value:,}" if isinstance(value, int) else str("-" if value is None else value)

@@ -550,9 +550,10 @@ def test_report_tells_what_runs_each_layer() -> None:
     assert 0 <= packed["int8"] - (64 * 128 // 4 * 2 + 64 * 128 // 8) <= 64 + 4 * 64
     assert sparse.resident_bytes == packed["sparse"] + 128 * 4 and int8.resident_bytes == packed["int8"] + 2 * 64 * 4
     assert sparse.dense_bytes == 4 * (128 * 64 + 128)
-    assert sparse.expected_gain == 128 * 64 * 4 / packed["sparse"] and int8.expected_gain == 64 * 128 / packed["int8"]
+    assert sparse.expected_gain_at_m1 == 128 * 64 * 4 / packed["sparse"]
+    assert int8.expected_gain_at_m1 == 64 * 128 / packed["int8"]
     assert rows["unpacked"].kernel == "dense" and "call pack()" in rows["unpacked"].reason
-    assert rows["unpacked"].expected_gain is None
+    assert rows["unpacked"].expected_gain_at_m1 is None
     assert rows["dense"].reason == "not pruned: call prune() and convert()"
     assert rows["pruned"].reason == "pruned, not converted: call convert()"
 
@@ -581,5 +582,5 @@ def test_reports_of_the_steps_print_as_tables() -> None:
     text = str(prune(mlp(), skip="2"))
     lines = text.splitlines()
     assert lines[0] == "prune to 2:4" and lines[1].split() == ["name", "shape", "outcome", "detail"]
-    assert lines[3].split() == ["0", "33", "18", "pruned", "2:4"]
+    assert lines[3].split() == ["0", "[33,", "18]", "pruned", "2:4"]
     assert "no linear layer" in str(prune(nn.Sequential(nn.ReLU())))

@@ -64,8 +64,10 @@ def test_round_trip(target: str, int8: bool, tmp_path: Path) -> None:
     torch.manual_seed(5)
     with torch.device("meta" if target == "meta" else "cpu"):
         fresh = sparse_net(seed=5) if target == "sparse" else Net()
+    fresh.body.eval()
     identity = fresh.embedding.weight
     assert load(tmp_path / "model.safetensors", fresh) is fresh
+    assert fresh.training and not fresh.body[0].training
     assert_same(fresh, model)
     assert isinstance(fresh.body[0], SparseLinear) and fresh.body[0].packed is not None
     assert fresh.again is fresh.body[0] and fresh.head.weight is fresh.embedding.weight

@@ -34,6 +34,10 @@ struct Linear {
   int64_t in_features;   // K
 };
 
-void linear(const Linear& arguments);
+// I8 weights: each row of x is quantised by its own s = amax / 127 (1 where that is 0), q =
+// clamp(round-to-nearest-even( x / s), -127, 127), and y = float(sum q w) * (s * scales[n]) + bias, a float operation
+// each. The sum is exact for in_features up to 2^18. A row that is not finite gives NaN. BF16 weights round x to
+// bfloat16 first. Dropped entries of W take no part: Inf there gives no NaN. Any number of threads may call at once.
+void linear(const Linear& call);
 
 }  // namespace sparse24::cpu

@@ -31,9 +31,8 @@ SPARSE24_INLINE __m512i constant(const void* table) {
 
 // y = activation(result + bias) for one block: bias, activation, rounding, masked store. `results` is [rows], of float
 // or, for I8, of int32 that still hold the products with x's offset of 128.
-template <Element WEIGHT>
-__attribute__((noinline)) void finish(const Linear& call, const Tile& tile, int64_t block, const uint8_t* compensation,
-                                      const __m512i* results) {
+template <Element WEIGHT, Activation ACTIVATION>
+void finish(const Linear& call, const Tile& tile, int64_t block, const uint8_t* compensation, const __m512i* results) {
   const int64_t column = block * BLOCK_ROWS;
   const __mmask16 mask = first_lanes(call.out_features - column);
   const __m512 bias = call.bias ? load_floats(call.bias, call.bias_element, column, mask) : _mm512_setzero_ps();
@@ -45,8 +44,24 @@ __attribute__((noinline)) void finish(const Linear& call, const Tile& tile, int6
       v = _mm512_mul_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(scales, _mm512_set1_ps(tile.token_scales[row])));
     }
     if (call.bias) v = _mm512_add_ps(v, bias);
-    store_floats(call.y, call.x_element, (tile.first_token + row) * call.y_stride + column, mask,
-                 activate(call.activation, v));
+    const int64_t at = (tile.first_token + row) * call.y_stride + column;
+    store_floats(call.y, call.x_element, at, mask, activate<ACTIVATION>(v));
+  }
+}
+
+template <Element WEIGHT>
+auto finish_for(Activation activation) {
+  switch (activation) {
+    case Activation::RELU:
+      return finish<WEIGHT, Activation::RELU>;
+    case Activation::GELU:
+      return finish<WEIGHT, Activation::GELU>;
+    case Activation::GELU_TANH:
+      return finish<WEIGHT, Activation::GELU_TANH>;
+    case Activation::SILU:
+      return finish<WEIGHT, Activation::SILU>;
+    default:
+      return finish<WEIGHT, Activation::NONE>;
   }
 }
 
@@ -60,6 +75,7 @@ void multiply_rows(const Linear& call, const Tile& tile) {
   constexpr bool ROOM = ROWS * SUMS <= 16;
   const int64_t chunks = chunk_count(Dot::WEIGHT, call.in_features);
   const int64_t bytes = block_bytes(Dot::WEIGHT, call.in_features);
+  const auto finish = finish_for<Dot::WEIGHT>(call.activation);
 
   for (int64_t block = tile.first_block; block < tile.last_block; ++block) {
     const uint8_t* w = call.packed + block * bytes;
@@ -94,7 +110,7 @@ void multiply_rows(const Linear& call, const Tile& tile) {
       for (int i = 1; i < SUMS; ++i) sums[row][0] = Dot::sum(sums[row][0], sums[row][i]);
       results[row] = sums[row][0];
     }
-    finish<Dot::WEIGHT>(call, tile, block, w, results);
+    finish(call, tile, block, w, results);
   }
 }
 

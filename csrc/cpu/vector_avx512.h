@@ -103,8 +103,9 @@ SPARSE24_INLINE __m512 gelu_tanh(__m512 x) {
   return times_logistic(x, _mm512_mul_ps(x, slope));
 }
 
-SPARSE24_INLINE __m512 activate(Activation activation, __m512 x) {
-  switch (activation) {
+template <Activation ACTIVATION>
+SPARSE24_INLINE __m512 activate(__m512 x) {
+  switch (ACTIVATION) {
     case Activation::RELU:
       return _mm512_max_ps(_mm512_setzero_ps(), x);  // the second operand where either is NaN
     case Activation::GELU:
