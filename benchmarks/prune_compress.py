@@ -2,11 +2,14 @@
 
     python -m benchmarks.prune_compress
 
-Interleaved medians with the 20th and 80th percentile. Every output is checked first, in the same run.
+Interleaved medians with the 20th and 80th percentile. Every output is checked first, in the same run. "fresh": the
+outputs lie in memory just mapped, whose pages the system clears on the way, as the first large tensors of a process do.
+"reused": in memory that malloc has had before, which shows the kernels themselves.
 """
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
@@ -28,6 +31,20 @@ with warnings.catch_warnings():
 SIZE = 4096
 ROUNDS = 9
 DTYPES = [torch.float32, torch.float16, torch.int8]
+
+_LIBC = ctypes.CDLL(None)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
+
+
+def use_fresh_memory() -> None:
+    """Every large tensor is mapped anew, and unmapped when it is freed."""
+    _LIBC.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+
+
+def reuse_memory() -> None:
+    """From here on malloc serves large tensors too from memory that it keeps."""
+    _LIBC.mallopt(_M_MMAP_MAX, 0)
+    _LIBC.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 def topk_scatter(weight: Tensor) -> Tensor:
@@ -79,6 +96,7 @@ def contenders(weight: Tensor, dense: Tensor, dense_12: Tensor) -> dict[str, Cal
         "sparse24.prune_mask": lambda: ops.prune_mask(weight),
         "sparse24.decompress": lambda: ops.decompress(values, meta, in_features=SIZE),
         "torch: copy_ of the matrix": lambda: target.copy_(weight),
+        "torch: clone of the matrix": weight.clone,
         "torch: prune by topk + scatter": lambda: topk_scatter(weight),
         "torch: compress, from_dense_cutlass": lambda: sparse_semi_structured_from_dense_cutlass(dense_12),
     }
@@ -89,23 +107,24 @@ def contenders(weight: Tensor, dense: Tensor, dense_12: Tensor) -> dict[str, Cal
 
 
 def main() -> None:
-    console = Console()
-    rows = []
+    console = Console(width=120)
+    rows: list[dict[str, object]] = []
     table = Table(title=f"prune and compress {SIZE} x {SIZE}, ms: median [20 %, 80 %]", title_justify="left")
-    for column in ("dtype", "threads", "what", "ms", "GB/s", "x prune_compress"):
-        table.add_column(column, justify="left" if column in ("dtype", "what") else "right")
+    for column in ("memory", "dtype", "threads", "what", "ms", "GB/s", "x prune_compress"):
+        table.add_column(column, justify="left" if column in ("memory", "dtype", "what") else "right")
     threads_before = torch.get_num_threads()
-    for dtype in track(DTYPES, console=console, description="measuring"):
+    settings = [(memory, dtype) for memory in (use_fresh_memory, reuse_memory) for dtype in DTYPES]
+    for prepare, dtype in track(settings, console=console, description="measuring"):
+        prepare()
+        fresh = prepare is use_fresh_memory
         generator = torch.Generator().manual_seed(0)
-        weight = (
-            (torch.randn(SIZE, SIZE, generator=generator) * (30 if dtype == torch.int8 else 1))
-            .clamp(-127, 127)
-            .to(dtype)
-        )
+        weight = torch.randn(SIZE, SIZE, generator=generator)
+        weight = (weight * 30).clamp(-127, 127).to(dtype) if dtype == torch.int8 else weight.to(dtype)
         dense = ops.decompress(*ops.prune_compress(weight), in_features=SIZE)
         # torch compresses float32 as tf32, one of each two.
         dense_12 = torch.where(ops.prune_mask(weight, "1:2"), weight, 0) if dtype == torch.float32 else dense
-        check(weight, dense, dense_12)
+        if fresh:
+            check(weight, dense, dense_12)
         moved = weight.nbytes + sum(tensor.nbytes for tensor in ops.prune_compress(weight))
         traffic = {
             "sparse24.prune_compress": moved,
@@ -113,21 +132,26 @@ def main() -> None:
             "sparse24.prune_mask": weight.nbytes + weight.numel(),
             "sparse24.decompress": moved,
             "torch: copy_ of the matrix": 2 * weight.nbytes,
+            "torch: clone of the matrix": 2 * weight.nbytes,
         }
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            timings = measure.interleaved(contenders(weight, dense, dense_12), ROUNDS)
+            runs = contenders(weight, dense, dense_12)
+            if fresh:
+                runs = {name: runs[name] for name in ("sparse24.prune_compress", "torch: clone of the matrix")}
+            timings = measure.interleaved(runs, ROUNDS)
             ours = timings["sparse24.prune_compress"].median
             for name, timing in timings.items():
                 gigabytes = traffic[name] / timing.median * 1e-9 if name in traffic else None
-                dtype_name = str(dtype).removeprefix("torch.")
-                rows.append(
-                    {"dtype": dtype_name, "threads": threads, "what": name, "GB/s": gigabytes, **asdict(timing)}
-                )
+                place = {
+                    "memory": "fresh" if fresh else "reused",
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "threads": threads,
+                    "what": name,
+                }
+                rows.append({**place, "GB/s": gigabytes, **asdict(timing)})
                 table.add_row(
-                    dtype_name,
-                    str(threads),
-                    name,
+                    *map(str, place.values()),
                     timing.text(),
                     f"{gigabytes:.1f}" if gigabytes else "",
                     f"{timing.median / ours:.2f}",
