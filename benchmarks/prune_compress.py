@@ -98,11 +98,11 @@ def contenders(weight: Tensor, dense: Tensor, dense_12: Tensor) -> dict[str, Cal
         "torch: copy_ of the matrix": lambda: target.copy_(weight),
         "torch: clone of the matrix": weight.clone,
         "torch: prune by topk + scatter": lambda: topk_scatter(weight),
-        "torch: compress, from_dense_cutlass": lambda: sparse_semi_structured_from_dense_cutlass(dense_12),
+        "torch: from_dense_cutlass": lambda: sparse_semi_structured_from_dense_cutlass(dense_12),
     }
     if weight.is_floating_point():
         sparsifier = sparsifier_of(weight.clone())
-        result["torch.ao: WeightNormSparsifier.step"] = sparsifier.step
+        result["torch.ao: WeightNormSparsifier"] = sparsifier.step
     return result
 
 

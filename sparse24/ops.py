@@ -36,16 +36,24 @@ if not _ops.device_archs():
 
 PATTERNS = ("2:4", "1:2", "pair 4:8")
 
-_NAMES = {
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.int8: "int8",
-    torch.int4: "int4",  # type: ignore[attr-defined]
-    torch.uint8: "int4",  # how int4 lies in memory
-}
 
-_AUTOCAST_DEVICES = ("cpu", "cuda")  # asking about another, such as meta, raises
+class _Names(dict[torch.dtype, str]):
+    """How the operators call an element type; they refuse a name they do not know."""
+
+    def __missing__(self, dtype: torch.dtype) -> str:
+        return str(dtype)
+
+
+_NAMES = _Names(
+    {
+        torch.float32: "float32",
+        torch.float16: "float16",
+        torch.bfloat16: "bfloat16",
+        torch.int8: "int8",
+        torch.int4: "int4",  # type: ignore[attr-defined]
+        torch.uint8: "int4",  # how int4 lies in memory
+    }
+)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
@@ -54,10 +62,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
     "silu": F.silu,
 }
-
-
-def _name(dtype: torch.dtype) -> str:
-    return _NAMES.get(dtype, str(dtype))  # the operator refuses a name it does not know
 
 
 # ---- Format ----------------------------------------------------------------------------------------------------------
@@ -97,7 +101,7 @@ def decompress(
     On the CPU the metadata is checked first, as by validate(). On CUDA it is not (that would wait for the device):
     illegal codes give wrong numbers there, never an access out of bounds.
     """
-    return _ops.decompress(values, meta, in_features, _name(dtype or values.dtype), pattern)
+    return _ops.decompress(values, meta, in_features, _NAMES[dtype or values.dtype], pattern)
 
 
 def validate(
@@ -108,7 +112,7 @@ def validate(
     Legal: shapes as compress() makes them; every code names two units in increasing order (1:2: one of each half); the
     unused half of a row's last byte is 0; slots beyond in_features hold +0.
     """
-    _ops.validate(values, meta, in_features, _name(dtype or values.dtype), pattern)
+    _ops.validate(values, meta, in_features, _NAMES[dtype or values.dtype], pattern)
 
 
 def columns_of(meta: Tensor, *, in_features: int, pattern: str = "2:4") -> Tensor:
@@ -136,7 +140,7 @@ def pack(values: Tensor, meta: Tensor, *, in_features: int) -> Tensor:
 
 def unpack(packed: Tensor, *, out_features: int, in_features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """values, meta of a packed weight of element type `dtype`, exact to the bit."""
-    return _ops.unpack(packed, out_features, in_features, _name(dtype))
+    return _ops.unpack(packed, out_features, in_features, _NAMES[dtype])
 
 
 def linear(
@@ -162,15 +166,12 @@ def linear(
     a bfloat16 W rounds x to bfloat16 on machines with AVX512_BF16. Dropped entries of W contribute nothing, so 0 * Inf
     there gives no NaN.
     """
-    device = x.device.type
-    if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device) and x.is_floating_point():
-        x = x.to(torch.get_autocast_dtype(device))
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        y = _linear(x, packed, bias, scales, out_features, in_features, _name(dtype), "none")
+        y = _linear(x, packed, bias, scales, out_features, in_features, _NAMES[dtype], "none")
         if activation not in ACTIVATIONS:
             raise RuntimeError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
         return ACTIVATIONS[activation](y)
-    return _linear_inference(x, packed, bias, scales, out_features, in_features, _name(dtype), activation)
+    return _linear_inference(x, packed, bias, scales, out_features, in_features, _NAMES[dtype], activation)
 
 
 # ---- Instruction sets ------------------------------------------------------------------------------------------------
@@ -236,7 +237,7 @@ def _(weight: Tensor, pattern: str) -> Tensor:
 @torch.library.register_fake("sparse24::prune_compress")
 def _(weight: Tensor, pattern: str) -> tuple[Tensor, Tensor]:
     columns = _weight_columns(weight)
-    values, meta = _compressed_shapes(weight.shape[0], columns, pattern, _name(weight.dtype))
+    values, meta = _compressed_shapes(weight.shape[0], columns, pattern, _NAMES[weight.dtype])
     return weight.new_empty(values), weight.new_empty(meta, dtype=torch.uint8)
 
 
@@ -253,8 +254,8 @@ def _(values: Tensor, meta: Tensor, in_features: int, dtype: str, pattern: str) 
 
 @torch.library.register_fake("sparse24::pack")
 def _(values: Tensor, meta: Tensor, in_features: int) -> Tensor:
-    _check_compressed(values, meta, in_features, _name(values.dtype), "2:4")
-    size = _ops.packed_bytes(int(values.shape[0]), int(in_features), _name(values.dtype))
+    _check_compressed(values, meta, in_features, _NAMES[values.dtype], "2:4")
+    size = _ops.packed_bytes(int(values.shape[0]), int(in_features), _NAMES[values.dtype])
     return values.new_empty((size,), dtype=torch.uint8)
 
 
@@ -281,6 +282,23 @@ def _(
             f"x must be [..., {in_features}] to match weight [{out_features}, {in_features}]; got {list(x.shape)}"
         )
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+# Under autocast x is cast, as for F.linear. As a kernel of its own it costs nothing where autocast is off.
+_autocast = torch.library.Library("sparse24", "FRAGMENT")
+
+
+def _under_autocast(operator: Any, device: str) -> Callable[..., Tensor]:
+    def cast_and_call(x: Tensor, *arguments: Any) -> Tensor:
+        with torch.autocast(device, enabled=False):
+            return operator(x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() else x, *arguments)
+
+    return cast_and_call
+
+
+for _operator in (_linear, _linear_inference):
+    for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        _autocast.impl(_operator, _under_autocast(_operator, _device), _key)
 
 
 def _decompress_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

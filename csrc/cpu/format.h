@@ -1,4 +1,5 @@
-// Prune, compress, decompress and check 2:4 matrices on the CPU. No torch: pointers, sizes in elements, strides in bytes.
+// Prune, compress, decompress and check 2:4 matrices on the CPU. No torch: pointers, sizes in elements, strides in
+// bytes.
 #pragma once
 #include <cstdint>
 
@@ -9,8 +10,8 @@ namespace sparse24::cpu {
 // A dense matrix [rows, in_features] as it lies in memory; rows are contiguous inside, row_stride bytes apart.
 struct Dense {
   const void* data;
-  int64_t row_stride;  // bytes, may be negative or unaligned
-  int64_t rows;        // N, out_features
+  int64_t row_stride;   // bytes, may be negative or unaligned
+  int64_t rows;         // N, out_features
   int64_t in_features;  // K; for I4 the number of nibbles in a row
   Element element;
 };
@@ -39,7 +40,7 @@ Misfit compress(const Dense& dense, Pattern pattern, Selection selection, Compre
 void prune_mask(const Dense& dense, Pattern pattern, uint8_t* mask);
 
 // The first group whose code is illegal, or that has anything but +0 in a slot beyond in_features, or whose unused
-// half of the last meta byte is not zero.
+// half of the last meta byte is not zero; that half is named as the group after the row's last.
 Misfit validate(Compressed in, int64_t rows, int64_t in_features, Element element, Pattern pattern);
 
 // dense = decompress(values, meta): `dense` is contiguous [rows, dense_row_bytes]; the caller has validated. Reads and
