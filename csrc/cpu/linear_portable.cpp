@@ -11,8 +11,7 @@
 namespace sparse24::cpu {
 namespace {
 
-// ---- Elements
-// ---------------------------------------------------------------------------------------------------------
+// ---- Elements ----
 
 float f16_to_float(uint16_t half) {
   const uint32_t exponent = half >> 10 & 31, fraction = half & 1023, sign = static_cast<uint32_t>(half >> 15) << 31;
@@ -53,8 +52,7 @@ void store_float(void* array, Element element, int64_t index, float value) {
   }
 }
 
-// ---- Activations, in double
-// -------------------------------------------------------------------------------------------
+// ---- Activations, in double ----
 
 float activate(Activation activation, float value) {
   const double x = value;
@@ -72,8 +70,7 @@ float activate(Activation activation, float value) {
   }
 }
 
-// ---- Rows of x
-// --------------------------------------------------------------------------------------------------------
+// ---- Rows of x ----
 
 const void* row_of(const Linear& call, int64_t token) {
   return static_cast<const uint8_t*>(call.x) + token * call.x_stride * (element_bits(call.x_element) / 8);
@@ -116,8 +113,7 @@ void pack_i8_row(const Linear& call, int64_t token, uint8_t* unit, int64_t unit_
   }
 }
 
-// ---- Tiles
-// ------------------------------------------------------------------------------------------------------------
+// ---- Tiles ----
 
 // Floats, or for I8 integers whose sums wrap modulo 2^32 as those of vpdpbusd do.
 template <Element WEIGHT>

@@ -18,8 +18,7 @@ SPARSE24_INLINE __mmask16 first_lanes(int64_t count) {
   return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
 }
 
-// ---- Elements
-// ---------------------------------------------------------------------------------------------------------
+// ---- Elements ----
 
 // Elements [index, index + 16) of `array` as floats; lanes out of `mask` are not read and become 0.
 SPARSE24_INLINE __m512 load_floats(const void* array, Element element, int64_t index, __mmask16 mask) {
@@ -46,8 +45,7 @@ SPARSE24_INLINE void store_floats(void* array, Element element, int64_t index, _
   _mm256_mask_storeu_epi16(static_cast<uint16_t*>(array) + index, mask, half);
 }
 
-// ---- Activations
-// ------------------------------------------------------------------------------------------------------
+// ---- Activations ----
 
 template <int COUNT>
 SPARSE24_INLINE __m512 polynomial(__m512 t, const float (&coefficients)[COUNT]) {  // the constant term first

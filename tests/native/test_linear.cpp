@@ -44,8 +44,7 @@ void for_each_isa(const Body& body) {
   force_isa(best_isa());
 }
 
-// ---- Numbers: element types by their definition, in double
-// ------------------------------------------------------------
+// ---- Numbers: element types by their definition, in double ----
 
 struct Binary {  // an IEEE format of `1 + exponent + fraction` bits
   int fraction, bias;
@@ -117,8 +116,7 @@ class Array {
   Guarded<uint8_t> memory_;
 };
 
-// ---- One call, and what it should give
-// --------------------------------------------------------------------------------
+// ---- One call, and what it should give ----
 
 double activate(Activation activation, double x) {
   switch (activation) {
@@ -309,8 +307,7 @@ void Problem::check(const std::vector<double>& y, bool integers) const {
   }
 }
 
-// ---- Tests
-// ------------------------------------------------------------------------------------------------------------
+// ---- Tests ----
 
 // Every combination of the edges of M, N and K; what else may vary is drawn.
 void test_shapes() {
