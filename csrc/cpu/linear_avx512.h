@@ -16,8 +16,7 @@
 namespace sparse24::cpu {
 namespace {
 
-// How far ahead of its use W is prefetched; the hardware's prefetcher alone is faster at one or two rows. Zen 4,
-// measured.
+// How far ahead of its use W is prefetched. At one or two rows the hardware's prefetcher alone is faster (Zen 4).
 constexpr int PREFETCH_BYTES = 3072;
 constexpr int PREFETCH_MIN_ROWS = 3;
 
@@ -35,17 +34,24 @@ template <Element WEIGHT, Activation ACTIVATION>
 void finish(const Linear& call, const Tile& tile, int64_t block, const uint8_t* compensation, const __m512i* results) {
   const int64_t column = block * BLOCK_ROWS;
   const __mmask16 mask = first_lanes(call.out_features - column);
-  const __m512 bias = call.bias ? load_floats(call.bias, call.bias_element, column, mask) : _mm512_setzero_ps();
+  const bool has_bias = call.bias != nullptr;
+  const __m512 bias = has_bias ? load_floats(call.bias, call.bias_element, column, mask) : _mm512_setzero_ps();
   const __m512 scales = WEIGHT == Element::I8 ? _mm512_maskz_loadu_ps(mask, call.scales + column) : _mm512_setzero_ps();
-  for (int row = 0; row < tile.rows; ++row) {
+  const __m512i offset = WEIGHT == Element::I8 ? _mm512_loadu_si512(compensation) : _mm512_setzero_si512();
+  // Copies, which the stores to y cannot be taken to change.
+  const Element y_element = call.x_element;
+  const int64_t y_row_bytes = call.y_stride * (element_bits(y_element) / 8);
+  const float* const token_scales = tile.token_scales;
+  const int rows = tile.rows;
+  uint8_t* y = static_cast<uint8_t*>(call.y) + tile.first_token * y_row_bytes + column * (element_bits(y_element) / 8);
+  for (int row = 0; row < rows; ++row, y += y_row_bytes) {
     __m512 v = _mm512_castsi512_ps(results[row]);
     if constexpr (WEIGHT == Element::I8) {
-      const __m512i dot = _mm512_sub_epi32(results[row], _mm512_loadu_si512(compensation));
-      v = _mm512_mul_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(scales, _mm512_set1_ps(tile.token_scales[row])));
+      const __m512 dot = _mm512_cvtepi32_ps(_mm512_sub_epi32(results[row], offset));
+      v = _mm512_mul_ps(dot, _mm512_mul_ps(scales, _mm512_set1_ps(token_scales[row])));
     }
-    if (call.bias) v = _mm512_add_ps(v, bias);
-    const int64_t at = (tile.first_token + row) * call.y_stride + column;
-    store_floats(call.y, call.x_element, at, mask, activate<ACTIVATION>(v));
+    if (has_bias) v = _mm512_add_ps(v, bias);
+    store_floats(y, y_element, 0, mask, activate<ACTIVATION>(v));
   }
 }
 
@@ -65,8 +71,9 @@ auto finish_for(Activation activation) {
   }
 }
 
-// Dot names the weights' element type WEIGHT, the vectors of values a chunk has (STEPS), how many of them meet one unit
-// of x (UNIT_STEPS), and how to read codes and values and to multiply.
+// Dot gives the weights' element type WEIGHT, how many vectors of values a chunk has (STEPS), how many of those meet
+// one unit of x (UNIT_STEPS), and how to read codes and values, to multiply and to sum. Registers are __m512i
+// throughout, whether their lanes are floats or integers.
 template <class Dot, int ROWS>
 void multiply_rows(const Linear& call, const Tile& tile) {
   constexpr int CHUNK_BYTES = chunk_bytes(Dot::WEIGHT);

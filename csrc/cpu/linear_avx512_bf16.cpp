@@ -48,8 +48,7 @@ struct Bf16Dot {
 };
 
 void pack_bf16_row(const Linear& call, int64_t token, uint8_t* unit, int64_t unit_stride, float*) {
-  const int element_bytes = element_bits(call.x_element) / 8;
-  const void* row = static_cast<const uint8_t*>(call.x) + token * call.x_stride * element_bytes;
+  const void* row = row_of_x(call, token);
   const int64_t columns = chunk_count(Element::BF16, call.in_features) * chunk_columns(Element::BF16);
   for (int64_t k = 0; k < columns; k += 32, unit += unit_stride) {
     const int64_t left = call.in_features - k;

@@ -61,6 +61,10 @@ struct Tile {
   int64_t first_block, last_block;
 };
 
+SPARSE24_INLINE const void* row_of_x(const Linear& call, int64_t token) {
+  return static_cast<const uint8_t*>(call.x) + token * call.x_stride * (element_bits(call.x_element) / 8);
+}
+
 struct Kernels {
   Element panel_element;  // F32, BF16 or I8
 

@@ -72,14 +72,10 @@ float activate(Activation activation, float value) {
 
 // ---- Rows of x ----
 
-const void* row_of(const Linear& call, int64_t token) {
-  return static_cast<const uint8_t*>(call.x) + token * call.x_stride * (element_bits(call.x_element) / 8);
-}
-
 // As floats; for BF16 weights rounded to bfloat16, as every instruction set does.
 template <bool ROUND_TO_BF16>
 void pack_float_row(const Linear& call, int64_t token, uint8_t* unit, int64_t unit_stride, float*) {
-  const void* row = row_of(call, token);
+  const void* row = row_of_x(call, token);
   const int64_t columns = chunk_count(Element::F32, call.in_features) * chunk_columns(Element::F32);
   for (int64_t k = 0; k < columns; k += 16, unit += unit_stride) {
     float floats[16] = {};
@@ -94,7 +90,7 @@ void pack_float_row(const Linear& call, int64_t token, uint8_t* unit, int64_t un
 // s = amax / 127, q = clamp(round-to-nearest-even(x / s), -127, 127), stored as q + 128. A row with an Inf or a NaN
 // gets the scale NaN; one whose amax / 127 is 0 gets the scale 1.
 void pack_i8_row(const Linear& call, int64_t token, uint8_t* unit, int64_t unit_stride, float* scale) {
-  const void* row = row_of(call, token);
+  const void* row = row_of_x(call, token);
   float amax = 0;
   bool finite = true;
   for (int64_t k = 0; k < call.in_features; ++k) {

@@ -13,9 +13,20 @@
 namespace sparse24::cpu {
 namespace {
 
+#define SPARSE24_LAMBDA __attribute__((always_inline))
+
 // The first `count` of 16 lanes; all from 16 on, none at 0 and below.
 SPARSE24_INLINE __mmask16 first_lanes(int64_t count) {
   return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
+}
+
+// Calls body(k, mask) for k = 0, 16, 32, ... below `end`, mask being the lanes below `count`. The full ones come first,
+// with a mask that the compiler knows.
+template <class Body>
+SPARSE24_INLINE void for_each_16(int64_t count, int64_t end, const Body& body) {
+  int64_t k = 0;
+  for (; k + 16 <= count; k += 16) body(k, __mmask16{0xffff});
+  for (; k < end; k += 16) body(k, first_lanes(count - k));
 }
 
 // ---- Elements ----
