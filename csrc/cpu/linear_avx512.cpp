@@ -60,7 +60,7 @@ struct FloatDot {
 // The tables of I8Dot::control. A row's byte of codes holds the four indices of two groups: byte i of a lane takes bits
 // 2 i of it (BITS counts from the start of 64 bits, which two rows share), and its group starts at GROUP.
 struct I8Tables {
-  uint8_t bits[4][64], group[8][64]; 
+  uint8_t bits[4][64], group[8][64];
   constexpr I8Tables() : bits(), group() {
     for (int i = 0; i < 64; ++i) {
       for (int step = 0; step < 4; ++step) bits[step][i] = static_cast<uint8_t>(i / 4 % 2 * 32 + 8 * step + i % 4 * 2);
@@ -113,8 +113,8 @@ void pack_float_row(const Linear& call, int64_t token, uint8_t* unit, int64_t un
   });
 }
 
-// s = amax / 127, q = clamp(round-to-nearest-even(x / s), -127, 127), stored as q + 128. A row with an Inf or a NaN gets
-// the scale NaN, whatever its q; one whose amax / 127 is 0 gets the scale 1.
+// s = amax / 127, q = clamp(round-to-nearest-even(x / s), -127, 127), stored as q + 128. A row with an Inf or a NaN
+// gets the scale NaN, whatever its q; one whose amax / 127 is 0 gets the scale 1.
 void pack_i8_row(const Linear& call, int64_t token, uint8_t* unit, int64_t unit_stride, float* scale) {
   const void* row = row_of_x(call, token);
   const Element element = call.x_element;

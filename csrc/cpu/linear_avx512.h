@@ -28,10 +28,23 @@ SPARSE24_INLINE __m512i constant(const void* table) {
   return _mm512_load_si512(table);
 }
 
+// Where one block's part of a tile lies in y.
+struct Output {
+  uint8_t* first;
+  int64_t row_bytes;
+
+  SPARSE24_INLINE Output(const Linear& call, const Tile& tile, int64_t block) {
+    const int element_bytes = element_bits(call.x_element) / 8;
+    row_bytes = call.y_stride * element_bytes;
+    first = static_cast<uint8_t*>(call.y) + tile.first_token * row_bytes + block * BLOCK_ROWS * element_bytes;
+  }
+};
+
 // y = activation(result + bias) for one block: bias, activation, rounding, masked store. `results` is [rows], of float
 // or, for I8, of int32 that still hold the products with x's offset of 128.
 template <Element WEIGHT, Activation ACTIVATION>
-void finish(const Linear& call, const Tile& tile, int64_t block, const uint8_t* compensation, const __m512i* results) {
+void finish(const Linear& call, const Tile& tile, int64_t block, Output output, const uint8_t* compensation,
+            const __m512i* results) {
   const int64_t column = block * BLOCK_ROWS;
   const __mmask16 mask = first_lanes(call.out_features - column);
   const bool has_bias = call.bias != nullptr;
@@ -40,18 +53,16 @@ void finish(const Linear& call, const Tile& tile, int64_t block, const uint8_t* 
   const __m512i offset = WEIGHT == Element::I8 ? _mm512_loadu_si512(compensation) : _mm512_setzero_si512();
   // Copies, which the stores to y cannot be taken to change.
   const Element y_element = call.x_element;
-  const int64_t y_row_bytes = call.y_stride * (element_bits(y_element) / 8);
   const float* const token_scales = tile.token_scales;
   const int rows = tile.rows;
-  uint8_t* y = static_cast<uint8_t*>(call.y) + tile.first_token * y_row_bytes + column * (element_bits(y_element) / 8);
-  for (int row = 0; row < rows; ++row, y += y_row_bytes) {
+  for (int row = 0; row < rows; ++row) {
     __m512 v = _mm512_castsi512_ps(results[row]);
     if constexpr (WEIGHT == Element::I8) {
       const __m512 dot = _mm512_cvtepi32_ps(_mm512_sub_epi32(results[row], offset));
       v = _mm512_mul_ps(dot, _mm512_mul_ps(scales, _mm512_set1_ps(token_scales[row])));
     }
     if (has_bias) v = _mm512_add_ps(v, bias);
-    store_floats(y, y_element, 0, mask, activate<ACTIVATION>(v));
+    store_floats(output.first + row * output.row_bytes, y_element, 0, mask, activate<ACTIVATION>(v));
   }
 }
 
@@ -87,6 +98,10 @@ void multiply_rows(const Linear& call, const Tile& tile) {
   for (int64_t block = tile.first_block; block < tile.last_block; ++block) {
     const uint8_t* w = call.packed + block * bytes;
     const uint8_t* x = tile.panel;
+    const Output output(call, tile, block);
+    // y comes into the cache while the sums are made: its rows are far apart and no prefetcher sees them coming.
+    for (int row = 0; row < ROWS; ++row) __builtin_prefetch(output.first + row * output.row_bytes, 1);
+
     __m512i sums[ROWS][SUMS] = {};
     __m512i control = Dot::template control<ROOM>(w, 0);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -117,7 +132,7 @@ void multiply_rows(const Linear& call, const Tile& tile) {
       for (int i = 1; i < SUMS; ++i) sums[row][0] = Dot::sum(sums[row][0], sums[row][i]);
       results[row] = sums[row][0];
     }
-    finish(call, tile, block, w, results);
+    finish(call, tile, block, output, w, results);
   }
 }
 
