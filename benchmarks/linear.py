@@ -50,6 +50,8 @@ FLOORS: dict[str, tuple[Callable[[dict], bool], tuple[float, float, float]]] = {
     "M = 1576": (lambda row: row["M"] == 1576, (1.3, 1.35, 1.3)),
 }
 
+PREPACKED = "mkldnn prepacked"  # for a number of tokens
+
 Layer = Callable[[Tensor], Tensor]
 
 
@@ -68,6 +70,7 @@ class Weight:
             full = torch.round(full / self.scales[:, None])
         self.values, self.meta = ops.prune_compress(full.to(dtype))
         self.dense = ops.decompress(self.values, self.meta, in_features=columns)
+        self.made: dict[tuple[str, int, int], list[Layer]] = {}  # by name, number of copies, and tokens if they matter
 
     def sparse(self) -> Layer:
         packed = ops.pack(self.values, self.meta, in_features=self.columns)
@@ -82,7 +85,7 @@ class Weight:
             return {f"quantize_dynamic {engine}": lambda engine=engine: self._dynamic(engine) for engine in _engines()}
         rivals = {"F.linear": self._plain}
         if torch.backends.mkldnn.is_available() and (self.dtype != torch.float16 or _has_mkldnn_f16()):
-            rivals["mkldnn prepacked"] = lambda: self._prepacked(tokens)
+            rivals[PREPACKED] = lambda: self._prepacked(tokens)
         return rivals
 
     def _plain(self) -> Layer:
@@ -134,8 +137,10 @@ def measure_cell(weight: Weight, tokens: int, cache: str, rounds: int) -> dict[s
     makers = {"sparse24": weight.sparse} | weight.rivals(tokens)
     contenders = {}
     for name, make in makers.items():
-        nbytes = weight.dense.nbytes * (0.6 if name == "sparse24" else 1)
-        layers = [make() for _ in range(1 if cache == "hot" else math.ceil(COLD_BYTES / nbytes))]
+        nbytes = weight.values.nbytes + weight.meta.nbytes if name == "sparse24" else weight.dense.nbytes
+        copies = 1 if cache == "hot" else math.ceil(COLD_BYTES / nbytes)
+        layers = weight.made.setdefault((name, copies, tokens if name == PREPACKED else 0), [])
+        layers.extend(make() for _ in range(copies - len(layers)))
         if name == "sparse24":
             weight.check(layers[0], x)
         contenders[name] = in_turn(layers, x)
@@ -181,7 +186,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--cache", nargs="+", choices=list(TOKENS), default=list(TOKENS))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-save", action="store_true", help="print only; leave benchmarks/results alone")
     arguments = parser.parse_args()
 

