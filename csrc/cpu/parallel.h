@@ -1,4 +1,5 @@
-// Parallel loops. Kernels call parallel_for; whoever links them says which threads run it (torch's pool in the package).
+// Parallel loops. Kernels call parallel_for; whoever links them says which threads run it: in the package, torch's
+// pool.
 #pragma once
 #include <cstdint>
 
