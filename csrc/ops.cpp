@@ -306,6 +306,10 @@ Tensor linear(const Tensor& x_in, const Tensor& packed, std::optional<Tensor> bi
   REQUIRE(dims >= 1 && x_in.size(dims - 1) == in_features, "x must be [..., ", in_features, "] to match weight [",
           out_features, ", ", in_features, "]; got ", shape_of(x_in));
 
+  constexpr int64_t EXACT_I8_FEATURES = int64_t{1} << 18;  // csrc/cpu/linear.h: beyond, an int32 sum could wrap
+  REQUIRE(weight_element != Element::I8 || in_features <= EXACT_I8_FEATURES, "in_features must be at most ",
+          EXACT_I8_FEATURES, " for an int8 weight; got ", in_features);
+
   cpu::Linear call{};
   call.packed = check_packed(packed, dtype, out_features, in_features);
   if (bias) {

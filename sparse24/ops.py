@@ -163,8 +163,7 @@ def linear(
     Returns y [..., out_features] in the dtype of x. Under autocast x is cast first, as for F.linear.
     Differentiable in x and bias; W is frozen (int8: the gradient passes straight through the rounding of x).
     Error before the activation: |y - ref| <= (K + 2) 2^-24 (|x| |W|^T + |bias|) + u |ref|, u half an ulp of y's dtype;
-    a bfloat16 W rounds x to bfloat16 on machines with AVX512_BF16. Dropped entries of W contribute nothing, so 0 * Inf
-    there gives no NaN.
+    a bfloat16 W rounds x to bfloat16 first. Dropped entries of W contribute nothing, so 0 * Inf there gives no NaN.
     """
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         y = _linear(x, packed, bias, scales, out_features, in_features, _NAMES[dtype], "none")

@@ -222,6 +222,10 @@ BAD_CALLS = {
         lambda: linear(packed=PACKED_I8, dtype=torch.int8, scales=SCALES.half()),
         r"scales must be float32 \[6\]; got float16",
     ),
+    "int8-features": (
+        lambda: linear(x=torch.zeros(1, 2**18 + 1), k=2**18 + 1, packed=PACKED_I8, dtype=torch.int8, scales=SCALES),
+        r"in_features must be at most 262144 for an int8 weight; got 262145",
+    ),
     "linear-int4": (lambda: linear(dtype=torch.int4), r"no kernel multiplies int4"),
     "activation": (lambda: linear(activation="tanh"), r"activation must be .*got 'tanh'"),
     "activation-grad": (
