@@ -1,5 +1,6 @@
 """Fixtures that more than one test file uses."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,8 +15,12 @@ def build_native(build_type: str) -> Path:
     """Builds tests/native and returns the folder of the programs; incremental."""
     folder = ROOT / "build" / f"native-{build_type.lower()}"
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    environment = {**os.environ}
+    if not shutil.which("nvcc"):  # then requirements/nvcc.txt has put one beside torch
+        environment.setdefault("CUDA_HOME", str(Path(torch.__file__).parents[1] / "nvidia" / "cu13"))
     configure = ["-DSPARSE24_NATIVE_TESTS=ON", f"-DCMAKE_BUILD_TYPE={build_type}"]
-    subprocess.run(["cmake", "-S", ROOT, "-B", folder, *generator, *configure], check=True, stdout=subprocess.DEVNULL)
+    command = ["cmake", "-S", ROOT, "-B", folder, *generator, *configure]
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["cmake", "--build", folder], check=True, stdout=subprocess.DEVNULL)
     return folder
 
