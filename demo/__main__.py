@@ -14,7 +14,7 @@ from pathlib import Path
 from demo.needs import Missing, missing
 
 OUT = Path(__file__).parent / "out"
-LIMIT_S = 90  # keeps the demo below 5 minutes; results to be committed do all their steps
+LIMIT_S = 100  # keeps the demo below 5 minutes; results to be committed do all their steps
 
 
 def main() -> int:

