@@ -258,7 +258,11 @@ bool Decoder::may_be_wider() const {
 }
 
 Slot Decoder::result(const Operand& operand, Type type) {
-  if (operand.kind == Operand::Kind::SINK) return new_slot(type);  // nobody reads it
+  // `_`: a slot that nobody reads, where the ISA lets a result be left out: parts of vectors and pairs, atom.
+  const std::string_view opcode = instruction_->opcode;
+  if (operand.kind == Operand::Kind::SINK && (opcode == "ld" || opcode == "mov" || opcode == "atom" || in_pair_)) {
+    return new_slot(type);
+  }
   const Symbol* symbol = operand.kind == Operand::Kind::NAME ? lookup(operand.name) : nullptr;
   if (!symbol || symbol->kind != Symbol::Kind::REGISTER || symbol->type == Type::PRED) {
     throw SyntaxError(operand.place, "expected a register of type ." + std::string(name_of(type)) + " for the result" +
@@ -365,7 +369,9 @@ bool Decoder::operand(const OperandRule& rule, const Operand& operand, Type type
     case Kind::MASK: {
       if (value->kind == Operand::Kind::VECTOR || value->kind == Operand::Kind::ADDRESS) return false;
       if (type == Type::NONE) return false;
+      in_pair_ = value != &operand;
       const Slot slot = rule.result ? result(*value, type) : source(*value, type);
+      in_pair_ = false;
       if (rule.kind == Kind::MASK) operation.mask = slot, operation.presence = Presence::MASK;
       slots_.push_back(slot);
       break;

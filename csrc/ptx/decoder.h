@@ -147,6 +147,7 @@ class Decoder {
   std::vector<Operation> before_, after_;
   std::vector<Slot> slots_;  // of the operation under way
   int addresses_ = 0;
+  bool in_pair_ = false;  // the operand is the first of a|p
 
   // slots are found by index until the program is whole: its vector of them grows
   std::unordered_map<Slot, uint32_t> slot_widths_;          // bytes

@@ -60,16 +60,18 @@ def test_one_step_of_k(gemm: str) -> None:
 
 @pytest.mark.parametrize("gemm", TILE_K)
 def test_tiles_cut_off(gemm: str) -> None:
-    """Exact, and what is reported is true, although it reaches no result that is stored.
+    """Exact, and silent but for metadata, where what is reported is true although it reaches no stored result.
 
     Rows beyond the edges are copied to shared memory only in the first stages, as zeros: later stages keep what was
-    there, which ldmatrix reads all the same. Zeros are no metadata, but mma.sp gets them.
+    there, which ldmatrix and mma read all the same, for rows that nobody stores. But which products mma.sp adds
+    depends on metadata: those that were never written, and zeros, which are none.
     """
     work = problem(gemm, 96, 96, depth(gemm, 6), alpha=2, beta=-1)
     d, report = work.run()
     np.testing.assert_array_equal(d, work.expected)
-    expected = {("uninitialized", "ldmatrix")} | ({("bad_metadata", "mma")} if gemm in MMA_K else set())
-    assert findings(report) == expected, str(report)
+    assert findings(report) == ({("bad_metadata", "mma"), ("uninitialized", "ldmatrix")} if gemm in MMA_K else set()), (
+        str(report)
+    )
     d, report = work.run(checks={"memory", "race", "sync", "async"})
     oracles.assert_silent(report)
     np.testing.assert_array_equal(d, work.expected)
@@ -77,11 +79,11 @@ def test_tiles_cut_off(gemm: str) -> None:
 
 @pytest.mark.parametrize("gemm", TILE_K)
 def test_one_stage_never_written(gemm: str) -> None:
-    """With one step of K fewer than stages, the fragments for the step after the last come from the stage left over."""
+    """With one step of K fewer than stages, fragments are loaded from the stage left over, and never used."""
     work = problem(gemm, 64, 64, depth(gemm, STAGES[gemm] - 1))
     d, report = work.run()
     np.testing.assert_array_equal(d, work.expected)
-    assert findings(report) == {("uninitialized", "ldmatrix")}, str(report)
+    oracles.assert_silent(report)
 
 
 @pytest.mark.parametrize("numerics", ["ieee", "sm_80", "sm_90", "float64"])
