@@ -1,16 +1,15 @@
 """The tests of the kernels without torch (tests/native): as they ship, under sanitizers, and with bugs planted."""
 
-import json
 import os
-import shlex
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
+import mutation
 import pytest
+from mutation import Mutant
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = [path.stem for path in sorted((ROOT / "tests" / "native").glob("test_*.cpp"))]
+PROGRAMS = [path.stem for path in sorted((ROOT / "tests" / "native").rglob("test_*.cpp"))]
 
 
 def run(program: Path, fake: Path) -> subprocess.CompletedProcess[str]:
@@ -27,17 +26,6 @@ def test_native(request: pytest.FixtureRequest, build: str, program: str) -> Non
 
 
 # ---- Do the tests bite? ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """One planted bug: in `file`, `right` becomes `wrong`; `program` must then fail. `unit` is what is recompiled."""
-
-    program: str
-    file: str
-    right: str
-    wrong: str
-    unit: str = ""
 
 
 MUTANTS = {
@@ -108,37 +96,11 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_bug_is_caught(name: str, native_release: Path, tmp_path: Path) -> None:
     mutant = MUTANTS[name]
-    source = (ROOT / mutant.file).read_text()
-    assert source.count(mutant.right) == 1, f"{mutant.right!r} is not in {mutant.file} exactly once"
-    mutated = tmp_path / mutant.file
-    mutated.parent.mkdir(parents=True)
-    mutated.write_text(source.replace(mutant.right, mutant.wrong))
-
-    # Recompile the one unit, with the changed file found first, and relink as the build does, in a folder of its own.
-    unit = mutant.unit or mutant.file
-    commands = json.loads((native_release / "compile_commands.json").read_text())
-    entry = next(entry for entry in commands if entry["file"] == str(ROOT / unit))
-    command = shlex.split(entry["command"])
-    changed_object = tmp_path / "changed.o"
-    command[command.index("-o") + 1] = str(changed_object)
-    command[command.index("-c") + 1] = str(mutated if unit == mutant.file else ROOT / unit)
-    command[1:1] = ["-O1", f"-I{tmp_path}", f"-I{ROOT / 'kernels'}"]
-    subprocess.run(command, cwd=native_release, check=True)
-
-    target = "fake/libcuda.so.1" if unit.endswith("fake_libcuda.cpp") else mutant.program
-    listing = subprocess.run(
-        ["ninja", "-C", native_release, "-t", "commands", "-s", target], check=True, capture_output=True, text=True
-    ).stdout
-    link = next(part for part in listing.split(" && ") if " -o " in part).split(" && ")[0]
-    output = tmp_path / Path(target).name
-    arguments = [str(changed_object) if argument.endswith(f"/{unit}.o") else argument for argument in shlex.split(link)]
-    arguments[arguments.index("-o") + 1] = str(output)
-    assert str(changed_object) in arguments
-    subprocess.run(arguments, cwd=native_release, check=True)
-
-    mutated_library = target.startswith("fake")
+    mutated_library = mutant.unit.endswith("fake_libcuda.cpp")
+    target = "fake/libcuda.so.1" if mutated_library else mutant.caught_by
+    output = mutation.build(mutant, native_release, target, tmp_path)
     done = run(
-        native_release / mutant.program if mutated_library else output,
+        native_release / mutant.caught_by if mutated_library else output,
         tmp_path if mutated_library else native_release / "fake",
     )
-    assert done.returncode != 0, f"{mutant.program} did not notice: {name}"
+    assert done.returncode != 0, f"{mutant.caught_by} did not notice: {name}"
