@@ -52,6 +52,7 @@ bench: build
 	$(PYTHON) -m benchmarks.prune_compress
 	$(PYTHON) -m benchmarks.overhead
 	$(PYTHON) -m benchmarks.linear
+	$(PYTHON) -m benchmarks.ptx
 
 wheel: $(VENV)/.ready
 	$(PIP) wheel -q --no-build-isolation --no-deps -w dist .

@@ -17,6 +17,8 @@ bool get(const Bits& bits, uint32_t i) { return (bits[i / 64] >> (i % 64)) & 1; 
 void set(Bits& bits, uint32_t i) { bits[i / 64] |= uint64_t{1} << (i % 64); }
 void clear(Bits& bits, uint32_t i) { bits[i / 64] &= ~(uint64_t{1} << (i % 64)); }
 
+constexpr uint64_t MAX_BITS = uint64_t{1} << 28, MAX_EDGES = uint64_t{1} << 22;
+
 struct BasicBlock {
   uint32_t first, end;  // operations
   std::vector<uint32_t> next;
@@ -80,6 +82,13 @@ void compact_registers(Program& program, const std::vector<std::pair<uint32_t, u
     if (operation.flow == Flow::CALL) after_calls.push_back(i + 1);
   }
   leader[0] = true;
+  // What follows takes a bit a block and register, and an edge a return and call. Beyond any compiler's kernels the
+  // registers stay as they are.
+  const auto returns = std::ranges::count(operations, Flow::RETURN, &Operation::flow);
+  if (std::ranges::count(leader, true) * static_cast<uint64_t>(registers) > MAX_BITS ||
+      static_cast<uint64_t>(returns) * after_calls.size() > MAX_EDGES) {
+    return;
+  }
   std::vector<BasicBlock> blocks;
   std::vector<uint32_t> block_at(count + 1, 0);
   for (uint32_t i = 0; i < count;) {
@@ -115,9 +124,7 @@ void compact_registers(Program& program, const std::vector<std::pair<uint32_t, u
 
   // Backwards to the fixed point.
   const auto step = [&](Bits& live, uint32_t i) {
-    if (operations[i].guard == NO_SLOT) {
-      for (const uint32_t one : writes[i]) clear(live, one);
-    }
+    for (const uint32_t one : writes[i]) clear(live, one);
     for (const uint32_t one : reads[i]) set(live, one);
   };
   const auto live_out = [&](const BasicBlock& block) {

@@ -3,6 +3,7 @@
 #include <optional>
 
 #include "csrc/ptx/decoder.h"
+#include "csrc/ptx/lexer.h"
 
 namespace sparse24::ptx {
 namespace {
@@ -37,7 +38,7 @@ Use use_of(const Instruction& instruction, const Operation& operation) {
   return touches_memory || operation.flow != Flow::NEXT ? Use::REPORT : Use::PROPAGATE;
 }
 
-std::string quoted(std::string_view text) { return "'" + std::string(text) + "'"; }
+constexpr size_t MAX_SLOTS = 255;  // what Operation::slots and count can say
 
 }  // namespace
 
@@ -77,9 +78,9 @@ void Decoder::collect(const Function& function, std::set<std::string_view>& on_p
       visit(visit, operand);
       if (instruction->opcode != "call" || operand.kind != Operand::Kind::NAME) continue;
       const auto callee = functions_.find(operand.name);
-      if (callee == functions_.end() || callee->second->is_extern) continue;
+      if (callee == functions_.end() || callee->second->is_extern || callee->second->is_entry) continue;
       if (on_path.contains(operand.name)) {
-        throw Unsupported(instruction->place, "recursion through " + quoted(operand.name) + " is not supported");
+        throw Unsupported(instruction->place, "recursion through " + quote(operand.name) + " is not supported");
       }
       if (on_path.size() > 200) throw Unsupported(instruction->place, "calls nest deeper than 200");
       collect(*callee->second, on_path);
@@ -232,6 +233,7 @@ bool Decoder::try_form(const Form& form, const Instruction& instruction) {
   after_.clear();
   slots_.clear();
   addresses_ = 0;
+  in_pair_ = false;
   Operation operation;
   operation.space = space_of(instruction);
   const Chosen chosen(instruction.modifiers);
@@ -254,6 +256,7 @@ bool Decoder::try_form(const Form& form, const Instruction& instruction) {
       operation.wide |= static_cast<uint8_t>((bits_of(type) == 64) << i);
     }
   }
+  if (slots_.size() > MAX_SLOTS) return false;
   operation.slot = slots_.data();  // for choose(); finish() sets it for good
   if (!form.choose(chosen, operation)) return false;
   operation.use = use_of(instruction, operation);
@@ -278,7 +281,7 @@ uint32_t Decoder::label(std::string_view name, Place place) const {
   for (auto scope = scopes_.rbegin(); scope != scopes_.rend(); ++scope) {
     if (const auto it = labels_.find({scope->id, name}); it != labels_.end()) return it->second;
   }
-  throw SyntaxError(place, "there is no label " + quoted(name));
+  throw SyntaxError(place, "there is no label " + quote(name));
 }
 
 void Decoder::branch(const Instruction& instruction, Operation& operation) {
@@ -299,7 +302,7 @@ void Decoder::branch(const Instruction& instruction, Operation& operation) {
     }
     return;
   }
-  throw SyntaxError(list.place, "there is no .branchtargets " + quoted(list.name));
+  throw SyntaxError(list.place, "there is no .branchtargets " + quote(list.name));
 }
 
 // call (results), function, (arguments): copies the arguments into the callee's frame, calls, copies the results back.
@@ -316,18 +319,21 @@ void Decoder::call(const Instruction& instruction) {
   const auto known = functions_.find(callee->name);
   if (known == functions_.end()) {
     if (lookup(callee->name)) throw Unsupported(instruction.place, "indirect calls are not supported");
-    throw SyntaxError(callee->place, "there is no function " + quoted(callee->name));
+    throw SyntaxError(callee->place, "there is no function " + quote(callee->name));
   }
   if (known->second->is_extern) {
     call_external(instruction, callee->name, results, arguments);
     return;
+  }
+  if (known->second->is_entry) {
+    throw Unsupported(instruction.place, "a call of kernel " + quote(callee->name) + " is not supported");
   }
   const CallTarget& target = targets_.at(callee->name);
   static const std::vector<Operand> none;
   const std::vector<Operand>& given = arguments ? arguments->parts : none;
   const std::vector<Operand>& wanted = results ? results->parts : none;
   if (given.size() != target.parameters.size() || wanted.size() != target.results.size()) {
-    throw SyntaxError(instruction.place, quoted(callee->name) + " takes " + std::to_string(target.parameters.size()) +
+    throw SyntaxError(instruction.place, quote(callee->name) + " takes " + std::to_string(target.parameters.size()) +
                                              " arguments and gives " + std::to_string(target.results.size()) +
                                              " results; the call has " + std::to_string(given.size()) + " and " +
                                              std::to_string(wanted.size()));
@@ -352,7 +358,7 @@ void Decoder::call(const Instruction& instruction) {
         throw SyntaxError(operand.place, "expected a .param variable");
       }
       if (actual->bytes != formal.bytes) {
-        throw SyntaxError(operand.place, quoted(operand.name) + " has " + std::to_string(actual->bytes) +
+        throw SyntaxError(operand.place, quote(operand.name) + " has " + std::to_string(actual->bytes) +
                                              " bytes; the function's has " + std::to_string(formal.bytes));
       }
       Operation copy;
@@ -393,7 +399,7 @@ void Decoder::call_external(const Instruction& instruction, std::string_view nam
   const std::string opcode = "call." + std::string(name);
   const std::vector<const Form*>& forms = forms_of(opcode);
   if (forms.empty()) {
-    throw Unsupported(instruction.place, "a call of the external function " + quoted(name) + " is not supported");
+    throw Unsupported(instruction.place, "a call of the external function " + quote(name) + " is not supported");
   }
   slots_.clear();
   for (const Operand* list : {results, arguments}) {
@@ -404,6 +410,7 @@ void Decoder::call_external(const Instruction& instruction, std::string_view nam
       slots_.push_back(constant(symbol->address, true));
     }
   }
+  if (slots_.size() > MAX_SLOTS) refuse(instruction);
   Operation operation;
   operation.count[0] = static_cast<uint8_t>(results ? results->parts.size() : 0);
   operation.count[1] = static_cast<uint8_t>(slots_.size() - operation.count[0]);
@@ -415,8 +422,8 @@ void Decoder::call_external(const Instruction& instruction, std::string_view nam
 // Says by name what is not supported.
 void Decoder::refuse(const Instruction& instruction) const {
   const std::vector<const Form*>& forms = forms_of(instruction.opcode);
-  if (forms.empty()) throw Unsupported(instruction.place, "opcode " + quoted(instruction.opcode) + " is not supported");
-  const std::string name = quoted(full_name(instruction));
+  if (forms.empty()) throw Unsupported(instruction.place, "opcode " + quote(instruction.opcode) + " is not supported");
+  const std::string name = quote(full_name(instruction));
   std::string operands;
   for (std::string_view modifier : instruction.modifiers) {
     std::string_view misfit;
@@ -436,7 +443,7 @@ void Decoder::refuse(const Instruction& instruction) const {
   if (operands.empty())
     throw Unsupported(instruction.place, "the modifiers of " + name + " are not supported together");
   throw Unsupported(instruction.place, name + " is not supported with these operands; expected '" + operands +
-                                           "', got '" + std::string(instruction.text) + "'");
+                                           "', got " + quote(instruction.text));
 }
 
 std::unique_ptr<const Program> decode(const Module& module, const Function& kernel) {

@@ -195,6 +195,10 @@ Slot Decoder::source(const Operand& operand, Type type) {
   if (const Symbol* symbol = lookup(operand.name)) {
     if (symbol->kind == Symbol::Kind::VARIABLE) {
       // The address of a variable.
+      if (bits_of(type) < 32 || operand.negated) {
+        throw SyntaxError(operand.place, "the address of '" + std::string(operand.name) + "' cannot be a ." +
+                                             std::string(name_of(type)));
+      }
       return constant(symbol->address + static_cast<uint64_t>(operand.offset), wide, symbol->module_variable);
     }
     slot = symbol->slot;
@@ -264,7 +268,8 @@ Slot Decoder::result(const Operand& operand, Type type) {
     return new_slot(type);
   }
   const Symbol* symbol = operand.kind == Operand::Kind::NAME ? lookup(operand.name) : nullptr;
-  if (!symbol || symbol->kind != Symbol::Kind::REGISTER || symbol->type == Type::PRED) {
+  if (!symbol || symbol->kind != Symbol::Kind::REGISTER || symbol->type == Type::PRED || operand.offset != 0 ||
+      operand.negated) {
     throw SyntaxError(operand.place, "expected a register of type ." + std::string(name_of(type)) + " for the result" +
                                          (operand.name.empty() ? "" : "; got '" + std::string(operand.name) + "'"));
   }
@@ -299,7 +304,7 @@ Slot Decoder::result(const Operand& operand, Type type) {
 Slot Decoder::predicate_source(const Operand& operand) {
   if (operand.kind == Operand::Kind::INTEGER) return predicate_constant(operand.bits != 0);
   const Symbol* symbol = operand.kind == Operand::Kind::NAME ? lookup(operand.name) : nullptr;
-  if (!symbol || symbol->kind != Symbol::Kind::REGISTER || symbol->type != Type::PRED) {
+  if (!symbol || symbol->kind != Symbol::Kind::REGISTER || symbol->type != Type::PRED || operand.offset != 0) {
     throw SyntaxError(operand.place, "expected a predicate");
   }
   if (!operand.negated) return symbol->slot;
@@ -311,7 +316,8 @@ Slot Decoder::predicate_source(const Operand& operand) {
 Slot Decoder::predicate_result(const Operand& operand) {
   if (operand.kind == Operand::Kind::SINK) return NO_SLOT;
   const Symbol* symbol = operand.kind == Operand::Kind::NAME ? lookup(operand.name) : nullptr;
-  if (!symbol || symbol->kind != Symbol::Kind::REGISTER || symbol->type != Type::PRED) {
+  if (!symbol || symbol->kind != Symbol::Kind::REGISTER || symbol->type != Type::PRED || operand.offset != 0 ||
+      operand.negated) {
     throw SyntaxError(operand.place, "expected a predicate for the result");
   }
   return symbol->slot;
@@ -407,7 +413,7 @@ bool Decoder::operand(const OperandRule& rule, const Operand& operand, Type type
       slots_.push_back(constant(operand.bits, false));
       break;
     case Kind::LABEL:
-      if (operand.kind != Operand::Kind::NAME) return false;
+      if (operand.kind != Operand::Kind::NAME || operand.offset != 0 || operand.negated) return false;
       operation.target = 0;  // set when the label's place is known
       break;
     case Kind::LABELS:

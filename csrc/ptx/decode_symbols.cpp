@@ -22,7 +22,9 @@ uint32_t Decoder::align_of(const Variable& variable) {
 }
 
 Slot Decoder::new_slot(Type type) {
+  constexpr uint32_t LIMIT = uint32_t{1} << 28;  // bytes of a warp's registers: a million and more of them
   const Slot slot = program_->register_bytes;
+  if (slot > LIMIT) throw Unsupported(function_->place, "a kernel of more than 256 MB of registers is not supported");
   const uint32_t bytes = type == Type::PRED ? 64 : bits_of(type) == 64 ? 256 : 128;
   slot_widths_[slot] = bytes;
   program_->register_bytes += bytes;
@@ -66,21 +68,22 @@ void Decoder::begin_frame(const Function& function) {
   }
 }
 
+void Decoder::add_symbol(const Variable& variable, const Symbol& symbol) {
+  if (!scopes_.back().symbols.try_emplace(variable.name, symbol).second) {
+    throw SyntaxError(variable.place, "'" + std::string(variable.name) + "' is declared twice");
+  }
+}
+
 void Decoder::declare(const Variable& variable) {
-  Scope& scope = scopes_.back();
   if (variable.space == Space::REGISTER) {
     if (variable.type == Type::B128 || variable.vector != 1) {
       throw Unsupported(variable.place, "registers of type ." + std::string(name_of(variable.type)) +
                                             (variable.vector != 1 ? " vectors" : "") + " are not supported");
     }
-    const uint32_t count = std::max(variable.count, 1u);
-    if (count > 1'000'000) throw SyntaxError(variable.place, "more than a million registers");
-    const Slot first = new_slot(variable.type);
-    for (uint32_t i = 1; i < count; ++i) new_slot(variable.type);
-    if (variable.count > 0) {
-      scope.ranges[variable.name] = {variable.type, first, count};
-    } else {
-      scope.symbols[variable.name] = {Symbol::Kind::REGISTER, variable.type, first, Space::REGISTER, 0, -1, 0};
+    if (variable.count == 0) {
+      add_symbol(variable, {Symbol::Kind::REGISTER, variable.type, new_slot(variable.type), Space::REGISTER, 0, -1, 0});
+    } else if (!scopes_.back().ranges.try_emplace(variable.name, RegisterRange{variable.type, variable.count}).second) {
+      throw SyntaxError(variable.place, "'" + std::string(variable.name) + "' is declared twice");
     }
     return;
   }
@@ -92,7 +95,7 @@ void Decoder::declare(const Variable& variable) {
   const uint64_t bytes = bytes_of(variable);
   const uint32_t at =
       frame_space(variable.space == Space::PARAM ? params_used_ : local_used_, bytes, align_of(variable));
-  scope.symbols[variable.name] = {Symbol::Kind::VARIABLE, variable.type, NO_SLOT, Space::LOCAL, at, -1, bytes};
+  add_symbol(variable, {Symbol::Kind::VARIABLE, variable.type, NO_SLOT, Space::LOCAL, at, -1, bytes});
 }
 
 // Shared variables of the functions and those of the module that they name; extern arrays share the dynamic part.
@@ -101,10 +104,16 @@ void Decoder::declare_shared() {
   uint32_t dynamic_align = 1;
   std::vector<std::string_view> dynamic;
   const auto place = [&](const Variable& variable) {
-    if (variable.space != Space::SHARED || shared_.contains(variable.name)) return;
+    if (variable.space != Space::SHARED) return;
+    const bool is_dynamic = variable.is_extern || variable.elements == 0;
+    if (shared_.contains(variable.name)) {
+      if (is_dynamic && std::ranges::find(dynamic, variable.name) != dynamic.end()) return;
+      throw Unsupported(variable.place,
+                        "two shared variables of the name '" + std::string(variable.name) + "' are not supported");
+    }
     const uint32_t align = align_of(variable);
     Symbol symbol{Symbol::Kind::VARIABLE, variable.type, NO_SLOT, Space::SHARED, 0, -1, bytes_of(variable)};
-    if (variable.is_extern || variable.elements == 0) {
+    if (is_dynamic) {
       dynamic_align = std::max(dynamic_align, align);
       dynamic.push_back(variable.name);
     } else {
@@ -138,8 +147,7 @@ void Decoder::declare_parameters(const Function& function) {
       program_->parameters.push_back({std::string(variable.name), variable.type, offset, static_cast<uint32_t>(bytes),
                                       align_of(variable), variable.pointer, variable.pointer_align});
       program_->parameter_bytes = static_cast<uint32_t>(offset + bytes);
-      scopes_.back().symbols[variable.name] = {
-          Symbol::Kind::VARIABLE, variable.type, NO_SLOT, Space::PARAM, offset, -1, bytes};
+      add_symbol(variable, {Symbol::Kind::VARIABLE, variable.type, NO_SLOT, Space::PARAM, offset, -1, bytes});
     }
     return;
   }
@@ -164,10 +172,10 @@ const Symbol* Decoder::lookup(std::string_view name) {
       const char* end = name.data() + name.size();
       const bool canonical = name.size() - at == 1 || name[at] != '0';
       if (std::from_chars(name.data() + at, end, number).ec != std::errc() || !canonical) continue;
-      const auto& [type, first, count] = range->second;
+      const auto& [type, count] = range->second;
       if (number >= count) continue;
-      const uint32_t stride = type == Type::PRED ? 64 : bits_of(type) == 64 ? 256 : 128;
-      const Symbol symbol{Symbol::Kind::REGISTER, type, first + number * stride, Space::REGISTER, 0, -1, 0};
+      // Its slot comes with its first use: a family may be declared far larger than it is.
+      const Symbol symbol{Symbol::Kind::REGISTER, type, new_slot(type), Space::REGISTER, 0, -1, 0};
       return &(scope->symbols[name] = symbol);
     }
   }

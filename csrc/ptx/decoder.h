@@ -47,7 +47,6 @@ struct Symbol {
 // A family name<count> of registers.
 struct RegisterRange {
   Type type;
-  Slot first;
   uint32_t count;
 };
 
@@ -106,6 +105,7 @@ class Decoder {
   void declare_shared();
   void declare_parameters(const Function& function);
   const Symbol* lookup(std::string_view name);
+  void add_symbol(const Variable& variable, const Symbol& symbol);
   void begin_frame(const Function& function);
   uint32_t frame_space(uint32_t& used, uint64_t bytes, uint32_t align);
   static uint64_t bytes_of(const Variable& variable);

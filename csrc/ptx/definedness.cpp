@@ -23,7 +23,9 @@ void Definedness::set(Slot slot, uint32_t lanes, uint32_t mark, const Origin* or
   const uint32_t before = marks;
   marks = (marks & ~lanes) | (mark & lanes);
   alive_ += (marks != 0) - (before != 0);
-  if ((mark & lanes) != 0 && origin != nullptr) origins_[slot / SLOT_BYTES] = *origin;
+  if ((mark & lanes) == 0 || origin == nullptr) return;
+  Origin& known = origins_[slot / SLOT_BYTES];  // of one load, the first lane's
+  if (before == 0 || known.operation != origin->operation) known = *origin;
 }
 
 void Definedness::take(Warp& warp, const Hole& hole) {

@@ -153,7 +153,9 @@ class Lexer {
           for (at_ += 2; is_digit(peek());) ++at_;
         }
         double value = 0;
-        std::from_chars(text_.data() + start, text_.data() + at_, value);
+        if (std::from_chars(text_.data() + start, text_.data() + at_, value).ec != std::errc()) {
+          fail(start, quote(text_.substr(start, at_ - start)) + " is not a floating-point number of 64 bits");
+        }
         token.kind = Token::Kind::REAL;
         token.real_bits = 64;
         token.bits = std::bit_cast<uint64_t>(value);

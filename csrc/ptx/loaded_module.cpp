@@ -137,8 +137,8 @@ void LoadedModule::initialize(size_t index) {
   const Variable& variable = tree_->variables[index];
   uint8_t* bytes = variables_[index].bytes.get();
   const uint64_t element = (bits_of(variable.type) + 7) / 8;
-  uint64_t at = 0;
   for (const Initializer& word : variable.initializer) {
+    const uint64_t at = word.index * element;
     if (at + element > variables_[index].size) {
       throw SyntaxError(variable.place, "more initializers than " + quoted(variable.name) + " has elements");
     }
@@ -156,7 +156,6 @@ void LoadedModule::initialize(size_t index) {
       if (word.mask_byte != 0) bits = bits >> (8 * (word.mask_byte - 1)) & 0xff;
     }
     std::memcpy(bytes + at, &bits, std::min<uint64_t>(element, 8));  // little-endian, as the host is
-    at += element;
   }
 }
 

@@ -71,7 +71,7 @@ uint64_t Parser::expect_integer(const char* what) {
   const bool begins = peek().kind == Token::Kind::INTEGER || is_mark('-') || is_mark('+') || is_mark('~') ||
                       is_mark('!') || is_mark('(') || (peek().kind == Token::Kind::NAME && peek().text == "WARP_SZ");
   if (!begins) fail(what);
-  return expression(1, 0);
+  return expression(1, 0).bits;
 }
 
 uint32_t Parser::expect_small(const char* what, uint64_t limit) {
@@ -82,104 +82,99 @@ uint32_t Parser::expect_small(const char* what, uint64_t limit) {
   return static_cast<uint32_t>(value);
 }
 
-// ---- constant expressions: integers of 64 bits, as in C ------------------------------------------------------------
+// ---- constant expressions: integers of 64 bits ---------------------------------------------------------------------
 
-uint64_t Parser::unary(int depth) {
+Parser::Constant Parser::unary(int depth) {
   if (depth > MAX_DEPTH) fail("an expression that nests less deep");
-  if (accept('-')) return uint64_t{0} - unary(depth + 1);
+  if (accept('-')) {
+    const Constant value = unary(depth + 1);
+    return {uint64_t{0} - value.bits, value.is_unsigned};
+  }
   if (accept('+')) return unary(depth + 1);
-  if (accept('~')) return ~unary(depth + 1);
-  if (accept('!')) return unary(depth + 1) == 0;
+  if (accept('~')) return {~unary(depth + 1).bits, true};
+  if (accept('!')) return {unary(depth + 1).bits == 0};
   if (accept('(')) {
     if (peek().kind == Token::Kind::DOTTED) {  // a cast
       if (!is_dotted("s64") && !is_dotted("u64")) fail(".s64 or .u64");
-      next();
+      const bool is_unsigned = next().text == "u64";
       expect(')', "after the type of a cast");
-      return unary(depth + 1);
+      return {unary(depth + 1).bits, is_unsigned};
     }
-    const uint64_t value = expression(1, depth + 1);
+    const Constant value = expression(1, depth + 1);
     expect(')', "after a constant expression");
     return value;
   }
-  if (peek().kind == Token::Kind::NAME && peek().text == "WARP_SZ") return next(), 32;
+  if (peek().kind == Token::Kind::NAME && peek().text == "WARP_SZ") return next(), Constant{32};
   if (peek().kind != Token::Kind::INTEGER) fail("an integer constant");
-  return next().bits;
+  const Token& literal = next();
+  return {literal.bits, literal.text.ends_with('U') || literal.bits >> 63 != 0};
 }
 
-uint64_t Parser::expression(int lowest, int depth) {
-  uint64_t left = unary(depth);
+// The usual arithmetic conversions: unsigned where either operand is. Shifts by 64 and more leave no bit, as shl's do.
+Parser::Constant Parser::combined(const Token& sign, Constant left, Constant right) const {
+  const uint64_t a = left.bits, b = right.bits;
+  const bool is_unsigned = left.is_unsigned || right.is_unsigned;
+  const bool less = is_unsigned ? a < b : static_cast<int64_t>(a) < static_cast<int64_t>(b);
+  switch (sign.mark) {
+    case 'O':
+      return {a != 0 || b != 0};
+    case 'A':
+      return {a != 0 && b != 0};
+    case '|':
+      return {a | b, is_unsigned};
+    case '^':
+      return {a ^ b, is_unsigned};
+    case '&':
+      return {a & b, is_unsigned};
+    case 'E':
+      return {a == b};
+    case 'N':
+      return {a != b};
+    case '<':
+      return {less};
+    case '>':
+      return {!less && a != b};
+    case 'L':
+      return {less || a == b};
+    case 'G':
+      return {!less};
+    case 'l':
+      return {b > 63 ? 0 : a << b, left.is_unsigned};
+    case 'r':
+      if (left.is_unsigned) return {b > 63 ? 0 : a >> b, true};
+      return {static_cast<uint64_t>(static_cast<int64_t>(a) >> std::min<uint64_t>(b, 63))};
+    case '+':
+      return {a + b, is_unsigned};
+    case '-':
+      return {a - b, is_unsigned};
+    case '*':
+      return {a * b, is_unsigned};
+    default:
+      break;
+  }
+  if (b == 0) fail_at(sign, "division by zero in a constant expression");
+  if (sign.mark == '%') return {a % b};  // unsigned, whatever the operands
+  if (is_unsigned) return {a / b, true};
+  if (b == ~uint64_t{0}) return {uint64_t{0} - a};  // the host's division traps on the smallest integer
+  return {static_cast<uint64_t>(static_cast<int64_t>(a) / static_cast<int64_t>(b))};
+}
+
+Parser::Constant Parser::expression(int lowest, int depth) {
+  Constant left = unary(depth);
   while (true) {
     const Token& token = peek();
     const int precedence = precedence_of(token);
     if (precedence < lowest || precedence == 0) break;
     next();
-    const uint64_t right = expression(precedence + 1, depth + 1);
-    const int64_t a = static_cast<int64_t>(left), b = static_cast<int64_t>(right);
-    switch (token.mark) {
-      case 'O':
-        left = left != 0 || right != 0;
-        break;
-      case 'A':
-        left = left != 0 && right != 0;
-        break;
-      case '|':
-        left |= right;
-        break;
-      case '^':
-        left ^= right;
-        break;
-      case '&':
-        left &= right;
-        break;
-      case 'E':
-        left = left == right;
-        break;
-      case 'N':
-        left = left != right;
-        break;
-      case '<':
-        left = a < b;
-        break;
-      case '>':
-        left = a > b;
-        break;
-      case 'L':
-        left = a <= b;
-        break;
-      case 'G':
-        left = a >= b;
-        break;
-      case 'l':
-        left = right > 63 ? 0 : left << right;
-        break;
-      case 'r':
-        left = static_cast<uint64_t>(a >> std::min<uint64_t>(right, 63));
-        break;
-      case '+':
-        left += right;
-        break;
-      case '-':
-        left -= right;
-        break;
-      case '*':
-        left *= right;
-        break;
-      default:
-        if (right == 0) fail_at(token, "division by zero in a constant expression");
-        if (b == -1) {
-          left = token.mark == '/' ? uint64_t{0} - left : 0;
-        } else {
-          left = static_cast<uint64_t>(token.mark == '/' ? a / b : a % b);
-        }
-    }
+    left = combined(token, left, expression(precedence + 1, depth + 1));
   }
   if (lowest == 1 && is_mark('?')) {
     if (depth > MAX_DEPTH) fail("an expression that nests less deep");
     next();
-    const uint64_t yes = expression(1, depth + 1);
+    const Constant yes = expression(1, depth + 1);
     expect(':', "in a conditional expression");
-    const uint64_t no = expression(1, depth + 1);
-    return left != 0 ? yes : no;
+    const Constant no = expression(1, depth + 1);
+    return {left.bits != 0 ? yes.bits : no.bits, yes.is_unsigned || no.is_unsigned};
   }
   return left;
 }
@@ -228,7 +223,7 @@ uint64_t Parser::expression_after_name() {
   uint64_t sum = 0;
   while (is_mark('+') || is_mark('-')) {
     const bool minus = next().mark == '-';
-    const uint64_t term = expression(10, 0);
+    const uint64_t term = expression(10, 0).bits;
     sum = minus ? sum - term : sum + term;
   }
   return sum;

@@ -42,8 +42,14 @@ class Parser {
   Operand operand(bool list_allowed, int depth);
   Operand address(int depth);
   std::vector<Operand> parts(char end, int depth);
-  uint64_t expression(int precedence, int depth);
-  uint64_t unary(int depth);
+  // PTX ISA, "Integer Constant Expression Evaluation"
+  struct Constant {
+    uint64_t bits = 0;
+    bool is_unsigned = false;
+  };
+  Constant expression(int precedence, int depth);
+  Constant unary(int depth);
+  Constant combined(const Token& sign, Constant left, Constant right) const;
   uint64_t expression_after_name();
   std::string_view qualified_name();  // "%tid.x"
 
@@ -61,8 +67,8 @@ class Parser {
   void variables(Space space, bool is_extern, std::vector<Variable>& out);
   bool type_and_qualifiers(Variable& variable);
   void dimensions(Variable& variable);
-  void initializer(Variable& variable, int depth);
-  void initial_value(Variable& variable);
+  void initializer(Variable& variable, size_t depth, uint64_t first, uint64_t room);
+  void initial_value(Variable& variable, uint64_t index);
   static bool space_named(std::string_view name, Space& space);
 
   Module& module_;
@@ -72,7 +78,9 @@ class Parser {
   std::set<std::pair<uint32_t, std::string_view>> labels_;  // by scope
   std::vector<uint32_t> open_scopes_;
   uint32_t scope_count_ = 0;
-  std::set<std::string_view> defined_;  // functions with a body
+  std::set<std::string_view> defined_;   // functions with a body
+  std::set<std::string_view> declared_;  // variables of the module
+  std::vector<uint64_t> extents_;        // of the variable being read; vectors are its last dimension
 };
 
 }  // namespace sparse24::ptx

@@ -7,9 +7,8 @@
 namespace sparse24::ptx {
 namespace {
 
-constexpr int MAX_NESTING = 16;                    // of the braces of an initialiser
 constexpr uint64_t MAX_BYTES = uint64_t{1} << 36;  // of a variable: the room an allocation has (memory.h)
-constexpr uint64_t MAX_INITIALIZERS = uint64_t{1} << 26;
+constexpr size_t MAX_EXTENTS = 16;                 // of an array; so deep do the braces of its initialiser nest
 
 }  // namespace
 
@@ -225,20 +224,25 @@ bool Parser::type_and_qualifiers(Variable& variable) {
 // name[4][8], name[]
 void Parser::dimensions(Variable& variable) {
   const Token& token = peek();
+  extents_.clear();
+  uint64_t product = 1;  // without the extent that is left out
   while (accept('[')) {
+    if (extents_.size() == MAX_EXTENTS) fail("an array of fewer dimensions");
+    extents_.push_back(0);
     if (accept(']')) {
+      if (extents_.size() > 1) fail_at(token, "only the first extent of " + quote(variable.name) + " may be left out");
       variable.elements = 0;
       continue;
     }
     const uint64_t extent = expect_integer("the extent of an array");
     expect(']', "after the extent of an array");
-    if (extent > MAX_BYTES || (variable.elements != 0 && extent > MAX_BYTES / variable.elements)) {
-      fail_at(token, quote(variable.name) + " is too large");
-    }
+    if (extent > MAX_BYTES / product) fail_at(token, quote(variable.name) + " is too large");
+    product *= std::max<uint64_t>(extent, 1);
     variable.elements *= extent;
+    extents_.back() = extent;
   }
   const uint64_t each = static_cast<uint64_t>((bits_of(variable.type) + 7) / 8) * variable.vector;
-  if (each != 0 && variable.elements > MAX_BYTES / each) fail_at(token, quote(variable.name) + " is too large");
+  if (each != 0 && product > MAX_BYTES / each) fail_at(token, quote(variable.name) + " is too large");
 }
 
 // After the space: qualifiers, then `name<count>`, `name[extents] = initialiser`, ...;
@@ -254,7 +258,7 @@ void Parser::variables(Space space, bool is_extern, std::vector<Variable>& out) 
     variable.place = peek().place;
     variable.name = expect_name("the name of a variable");
     if (space == Space::REGISTER && accept('<')) {
-      const uint64_t count = unary(0);
+      const uint64_t count = unary(0).bits;
       expect('>', "after the number of registers");
       if (count == 0 || count > 10'000'000) {
         throw SyntaxError(variable.place, "a number of registers is 1 to 10,000,000");
@@ -264,34 +268,54 @@ void Parser::variables(Space space, bool is_extern, std::vector<Variable>& out) 
     dimensions(variable);
     if (accept('=')) {
       if (space != Space::GLOBAL && space != Space::CONST) fail("';': only .global and .const have initialisers");
-      initializer(variable, 0);
-      const uint64_t given = variable.initializer.size();
-      if (variable.elements == 0) variable.elements = given / variable.vector;
-      if (given > variable.elements * variable.vector) {
-        throw SyntaxError(variable.place, quote(variable.name) + " has " + std::to_string(variable.elements) +
-                                              " elements; its initialiser has " + std::to_string(given));
-      }
+      if (variable.vector > 1) extents_.push_back(variable.vector);
+      initializer(variable, 0, 0, variable.elements * variable.vector);
+    }
+    if (&out == &module_.variables && !is_extern && !declared_.insert(variable.name).second) {
+      throw SyntaxError(variable.place, "variable " + quote(variable.name) + " is there twice");
     }
     out.push_back(std::move(variable));
   } while (accept(','));
   expect(';', "after a declaration");
 }
 
-void Parser::initializer(Variable& variable, int depth) {
-  if (!is_mark('{')) return initial_value(variable);
-  if (depth >= MAX_NESTING) fail("an initialiser that nests less deep");
-  next();
-  if (accept('}')) return;
-  do {
-    initializer(variable, depth + 1);
-    if (variable.initializer.size() > MAX_INITIALIZERS) fail("fewer values");
-  } while (accept(','));
-  expect('}', "after an initialiser");
+// The braces are those of the dimensions: `room` scalars from `first` on are to be filled. What is not named is zero,
+// except in vectors, which are whole. Where the first extent is left out, the initialiser says it.
+void Parser::initializer(Variable& variable, size_t depth, uint64_t first, uint64_t room) {
+  if (depth == extents_.size()) {
+    if (is_mark('{')) fail("one value: the braces of an initialiser are those of its array");
+    return initial_value(variable, first);
+  }
+  const Token& begin = peek();
+  expect('{', "before the elements of an initialiser");
+  const bool sized_here = depth == 0 && variable.elements == 0;
+  uint64_t part = 1;  // scalars of an element
+  for (size_t i = depth + 1; i < extents_.size(); ++i) part *= extents_[i];
+  uint64_t count = 0;
+  if (!accept('}')) {
+    do {
+      if (!sized_here && count * part >= room) {
+        fail_at(begin, "there is room for " + std::to_string(extents_[depth]) + " elements here; the initialiser of " +
+                           quote(variable.name) + " has more");
+      }
+      initializer(variable, depth + 1, first + count * part, part);
+      ++count;
+    } while (accept(','));
+    expect('}', "after an initialiser");
+  }
+  if (variable.vector > 1 && depth + 1 == extents_.size() && count != variable.vector) {
+    fail_at(begin, "a vector has " + std::to_string(variable.vector) + " elements; got " + std::to_string(count));
+  }
+  if (!sized_here) return;
+  const uint64_t bytes = static_cast<uint64_t>((bits_of(variable.type) + 7) / 8);
+  if (part != 0 && count > MAX_BYTES / bytes / part) fail_at(begin, quote(variable.name) + " is too large");
+  variable.elements = count * part / variable.vector;
 }
 
 // 5, -1, 0f3F800000, symbol, symbol+4, generic(symbol)+4, 0xFF00(symbol)
-void Parser::initial_value(Variable& variable) {
+void Parser::initial_value(Variable& variable, uint64_t index) {
   Initializer value;
+  value.index = index;
   const bool masked = peek().kind == Token::Kind::INTEGER && is_mark('(', 1);
   if (masked) {
     const Token& mask = next();
@@ -313,6 +337,10 @@ void Parser::initial_value(Variable& variable) {
     const Operand constant = operand(false, 0);
     if (constant.kind != Operand::Kind::INTEGER && constant.kind != Operand::Kind::REAL) {
       throw SyntaxError(constant.place, "expected a constant in an initialiser");
+    }
+    const bool is_float = variable.type == Type::F32 || variable.type == Type::F64;
+    if (is_float && constant.kind == Operand::Kind::INTEGER) {
+      throw SyntaxError(constant.place, "an integer cannot initialise a ." + std::string(name_of(variable.type)));
     }
     value.bits = constant.bits;
     value.real_bits = constant.real_bits;

@@ -63,8 +63,9 @@ struct Instruction {
   std::string_view text;  // the whole instruction, from opcode to before ';', for messages
 };
 
-// One word of an initialiser: an integer, a real, or the address of a variable.
+// One word of an initialiser: an integer, a real, or the address of a variable. Words that none names are zero.
 struct Initializer {
+  uint64_t index = 0;  // which scalar of the variable: elements of vectors count one by one
   uint64_t bits = 0;
   uint8_t real_bits = 0;    // 0: integer
   std::string_view symbol;  // not empty: the address of this variable plus `bits`

@@ -579,7 +579,7 @@ def test_initializers() -> None:
     header = """
       .global .align 8 .u64 pointer = target;
       .global .align 8 .u64 chain[2] = {pointer, target + 8};
-      .global .align 4 .f32 reals[3] = {1.5, 0f40400000, -2};
+      .global .align 4 .f32 reals[3] = {1.5, 0f40400000, -2.0};
       .global .align 8 .f64 wide = 0.1;
       .global .align 2 .b16 halves[3] = {1, -1};
       .global .align 4 .u32 target[4] = {10, 11, 12, 13};"""
@@ -591,7 +591,7 @@ def test_initializers() -> None:
     out = np.zeros(2, np.uint32)
     assert module.launch("k", 1, 1, [out]).ok
     assert out.tolist() == [11, 12]
-    assert module.globals["reals"].tolist()[:2] == [1.5, 3.0]
+    assert module.globals["reals"].tolist() == [1.5, 3.0, -2.0]
     assert module.globals["wide"].tolist() == [0.1] and module.globals["halves"].tolist() == [1, 0xFFFF, 0]
 
 

@@ -10,7 +10,7 @@ from mutation import ROOT, Mutant, build
 
 MUTANTS = {
     "parser: offsets lose their sign": Mutant(
-        "test_parser.py test_memory.py",
+        "test_parser.py",
         "csrc/ptx/parser.cpp",
         "sum = minus ? sum - term : sum + term;",
         "sum += term;",
@@ -43,7 +43,7 @@ MUTANTS = {
         "const uint64_t base = allocation->base, limit = allocation->size - access.size + 1;",
     ),
     "initcheck: arithmetic forgets": Mutant(
-        "test_initcheck.py",
+        "test_definedness.py",
         "csrc/ptx/definedness.cpp",
         "for (uint32_t i = 0; i < operation.results; ++i) set(operation.slot[i], lanes, marked, &origin);",
         "for (uint32_t i = 0; i < operation.results; ++i) set(operation.slot[i], lanes, 0, &origin);",
