@@ -666,7 +666,9 @@ def test_ctrl_c_interrupts_a_launch(spin: str, tmp_path: Path) -> None:
     path = tmp_path / "spin.ptx"
     path.write_text(spin)
     code = f"""
+import signal
 import sparse24.ptx
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs start with it ignored
 module = sparse24.ptx.load({str(path)!r})
 print("ready", flush=True)
 try:

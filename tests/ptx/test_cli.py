@@ -243,8 +243,9 @@ def test_ctrl_c_of_the_program(tmp_path: Path, spin: str) -> None:
     path = tmp_path / "spin.ptx"
     path.write_text(spin)
     code = f"""
-import sys
+import signal, sys
 from sparse24 import cli, ptx
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs start with it ignored
 launch = ptx.Module.launch
 def announced(*args, **options):
     print("started", flush=True)
