@@ -2,11 +2,12 @@
 VENV := $(CURDIR)/.venv
 PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip --disable-pip-version-check
+OUTSIDE := $(PATH)
 export PATH := $(VENV)/bin:$(PATH)
 
 SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: help build test check format demo wheel bench clean
+.PHONY: help build test check format demo wheel bench gpu cross clean
 
 help:
 	@echo "make test    build everything and run the tests"
@@ -14,6 +15,8 @@ help:
 	@echo "make check   ruff, mypy, clang-format, and the warnings of the compiler as errors"
 	@echo "make format  rewrite the sources in the project's format"
 	@echo "make bench   the benchmarks of benchmarks/"
+	@echo "make gpu     GPU tests and benchmarks (8 minutes), by the machine's python3 or PYTHON=..."
+	@echo "make cross   compiles the host code for aarch64 Linux"
 	@echo "make wheel   dist/*.whl"
 
 # The environment: what builds the package, a CUDA compiler where the machine has none, then the rest.
@@ -53,6 +56,15 @@ bench: build
 	$(PYTHON) -m benchmarks.overhead
 	$(PYTHON) -m benchmarks.linear
 	$(PYTHON) -m benchmarks.ptx
+
+# Not in the environment of the other targets, whose torch is for CPUs: it needs one with CUDA, and pytest.
+gpu: PYTHON = python3
+gpu: export PATH := $(OUTSIDE)
+gpu:
+	$(PYTHON) -m benchmarks.gpu
+
+cross: build
+	PYTHON=$(PYTHON) .ci/cross
 
 wheel: $(VENV)/.ready
 	$(PIP) wheel -q --no-build-isolation --no-deps -w dist .

@@ -1,4 +1,5 @@
-// The operators: every schema, and the CPU implementations (check, allocate, call the kernels of csrc/cpu).
+// The operators: every schema, and the CPU implementations (check, allocate, call the kernels of csrc/cpu). In a thread
+// that emulates a device, decompress and linear go the device's way instead (csrc/ops_device.h).
 // Shapes, meanings and errors are documented once, in sparse24/ops.py.
 #include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
@@ -12,6 +13,9 @@
 #include "csrc/cpu/isa.h"
 #include "csrc/cpu/linear.h"
 #include "csrc/cpu/parallel.h"
+#include "csrc/linear_operands.h"
+#include "csrc/ops_device.h"
+#include "kernels/packed.cuh"
 
 STABLE_TORCH_LIBRARY(sparse24, m) {
   m.def("prune_mask(Tensor weight, str pattern) -> Tensor");
@@ -20,7 +24,7 @@ STABLE_TORCH_LIBRARY(sparse24, m) {
   m.def("decompress(Tensor values, Tensor meta, SymInt in_features, str dtype, str pattern) -> Tensor");
   m.def("validate(Tensor values, Tensor meta, SymInt in_features, str dtype, str pattern) -> ()");
   m.def("pack(Tensor values, Tensor meta, SymInt in_features) -> Tensor");
-  m.def("packed_bytes(int out_features, int in_features, str dtype) -> int");
+  m.def("packed_bytes(int out_features, int in_features, str dtype, str device=\"cpu\") -> int");
   m.def("unpack(Tensor packed, SymInt out_features, SymInt in_features, str dtype) -> (Tensor values, Tensor meta)");
   // The same twice: an op with a registered autograd formula costs microseconds more a call (sparse24/ops.py chooses).
   m.def(
@@ -29,9 +33,15 @@ STABLE_TORCH_LIBRARY(sparse24, m) {
   m.def(
       "linear_inference(Tensor x, Tensor packed, Tensor? bias, Tensor? scales, SymInt out_features, "
       "SymInt in_features, str dtype, str activation) -> Tensor");
+  m.def(
+      "linear_fused(Tensor x, Tensor packed, Tensor? bias, Tensor? scales, Tensor? x_scales, Tensor? residual, "
+      "Tensor? y_scale, SymInt out_features, SymInt in_features, str dtype, str activation, str out_dtype) -> Tensor");
   m.def("cpu_isa() -> str");
   m.def("force_cpu_isa(str isa) -> ()");
   m.def("device_archs() -> str");
+  m.def("device_problem(int device, str dtype) -> str");
+  m.def("emulated_arch() -> str");
+  m.def("linear_plan(Tensor x, int out_features, str dtype) -> str");
 }
 
 namespace sparse24::cpu {
@@ -49,7 +59,6 @@ namespace sparse24::ops {
 
 namespace {
 
-using cpu::Activation;
 using cpu::Compressed;
 using cpu::Dense;
 using cpu::Misfit;
@@ -196,6 +205,10 @@ void validate(const Tensor& values, const Tensor& meta, int64_t in_features, std
 
 Tensor decompress(const Tensor& values, const Tensor& meta, int64_t in_features, std::string dtype,
                   std::string pattern) {
+  if constexpr (HAS_DEVICE_CODE) {
+    if (const Emulation* emulation = current_emulation())
+      return emulated_decompress(*emulation, values, meta, in_features, dtype, pattern);
+  }
   const Checked in(values, meta, in_features, dtype, pattern);
   const int64_t columns = in.element == Element::I4 ? (in_features + 1) / 2 : in_features;
   Tensor dense = empty_matrix(values, in.rows, columns, storage_of(in.element));
@@ -205,21 +218,16 @@ Tensor decompress(const Tensor& values, const Tensor& meta, int64_t in_features,
 
 // ---- Linear ----
 
-Element linear_element(const std::string& dtype) {
-  const Element element = element_of(dtype);
-  REQUIRE(element != Element::I4, "dtype must be float32, float16, bfloat16 or int8; no kernel multiplies int4 yet");
-  return element;
-}
-
-int64_t packed_bytes(int64_t out_features, int64_t in_features, std::string dtype) {
+int64_t packed_bytes(int64_t out_features, int64_t in_features, std::string dtype, std::string device) {
   REQUIRE(out_features >= 0 && in_features >= 0, "out_features and in_features must not be negative; got ",
           out_features, " and ", in_features);
-  return cpu::packed_bytes(linear_element(dtype), out_features, in_features);
+  const Element element = linear_element(dtype);
+  if (device != "cuda") return cpu::packed_bytes(element, out_features, in_features);
+  return packed::bytes(element_bits(device_element(element)), out_features, in_features);
 }
 
 Tensor pack(const Tensor& values, const Tensor& meta, int64_t in_features) {
-  const Element element = element_of("values", values.scalar_type());
-  REQUIRE(element != Element::I4, "values must be float32, float16, bfloat16 or int8; no kernel multiplies int4 yet");
+  const Element element = values_element(values);
   const int64_t rows = check_compressed(values, meta, in_features, element, Pattern::TWO_FOUR);
   const Tensor canonical_values = dense_rows(values), canonical_meta = dense_rows(meta);
   const int64_t bytes = cpu::packed_bytes(element, rows, in_features);
@@ -231,16 +239,9 @@ Tensor pack(const Tensor& values, const Tensor& meta, int64_t in_features) {
 }
 
 const uint8_t* check_packed(const Tensor& packed, const std::string& dtype, int64_t out_features, int64_t in_features) {
-  const int64_t bytes = packed_bytes(out_features, in_features, dtype);
-  REQUIRE(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.size(0) == bytes &&
-              packed.is_contiguous(),
-          "packed must be contiguous uint8 [", bytes, "] for a [", out_features, ", ", in_features, "] ", dtype,
-          " weight; got ", name_of(packed.scalar_type()), " ", shape_of(packed));
-  const auto data = static_cast<const uint8_t*>(packed.const_data_ptr());
-  REQUIRE(reinterpret_cast<uintptr_t>(data) % 64 == 0 || bytes == 0,
-          "packed must start at a multiple of 64 bytes, as pack() makes it; got an address ",
-          reinterpret_cast<uintptr_t>(data) % 64, " bytes past one");
-  return data;
+  constexpr int ALIGNMENT = 64;
+  return packed_data(packed, packed_bytes(out_features, in_features, dtype, "cpu"), ALIGNMENT, dtype, out_features,
+                     in_features);
 }
 
 std::tuple<Tensor, Tensor> unpack(const Tensor& packed, int64_t out_features, int64_t in_features, std::string dtype) {
@@ -255,104 +256,52 @@ std::tuple<Tensor, Tensor> unpack(const Tensor& packed, int64_t out_features, in
   return {values, meta};
 }
 
-bool is_float(ScalarType type) {
-  return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16;
-}
-
-Activation activation_of(const std::string& activation) {
-  if (activation == "none") return Activation::NONE;
-  if (activation == "relu") return Activation::RELU;
-  if (activation == "gelu") return Activation::GELU;
-  if (activation == "gelu_tanh") return Activation::GELU_TANH;
-  REQUIRE(activation == "silu", "activation must be 'none', 'relu', 'gelu', 'gelu_tanh' or 'silu'; got '", activation,
-          "'");
-  return Activation::SILU;
-}
-
-// Whether all leading dimensions of x step by one row stride, which is written to `stride`.
-bool rows_are_regular(const Tensor& x, int64_t& stride) {
-  const int64_t dims = x.dim();
-  if (x.size(dims - 1) > 1 && x.stride(dims - 1) != 1) return false;
-  stride = x.size(dims - 1);
-  bool found = false;
-  int64_t next = 0;  // what the next outer dimension must step by
-  for (int64_t i = dims - 2; i >= 0; --i) {
-    if (x.size(i) == 1) continue;
-    if (!found)
-      stride = x.stride(i), found = true;
-    else if (x.stride(i) != next)
-      return false;
-    next = x.stride(i) * x.size(i);
-  }
-  return true;
-}
-
-// As torch::stable::empty, without the microsecond of a trip through the dispatcher.
-Tensor empty_on_cpu(const std::vector<int64_t>& shape, ScalarType type) {
-  std::vector<int64_t> strides(shape.size(), 1);
-  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-Tensor linear(const Tensor& x_in, const Tensor& packed, std::optional<Tensor> bias, std::optional<Tensor> scales,
-              int64_t out_features, int64_t in_features, std::string dtype, std::string activation) {
-  const Element weight_element = linear_element(dtype);
-  const int64_t dims = x_in.dim();
-  REQUIRE(is_float(x_in.scalar_type()), "x must be float32, float16 or bfloat16; got ", name_of(x_in.scalar_type()));
-  REQUIRE(dims >= 1 && x_in.size(dims - 1) == in_features, "x must be [..., ", in_features, "] to match weight [",
-          out_features, ", ", in_features, "]; got ", shape_of(x_in));
-
-  constexpr int64_t EXACT_I8_FEATURES = int64_t{1} << 18;  // csrc/cpu/linear.h: beyond, an int32 sum could wrap
-  REQUIRE(weight_element != Element::I8 || in_features <= EXACT_I8_FEATURES, "in_features must be at most ",
-          EXACT_I8_FEATURES, " for an int8 weight; got ", in_features);
-
+// On the CPU's own kernels, which know bias, scales and an activation.
+Tensor multiply(const LinearOperands& in, const uint8_t* packed) {
+  const Tensor y = empty_like_device(in.x, in.y_shape, in.y_type);
   cpu::Linear call{};
-  call.packed = check_packed(packed, dtype, out_features, in_features);
-  if (bias) {
-    REQUIRE(is_float(bias->scalar_type()), "bias must be float32, float16 or bfloat16; got ",
-            name_of(bias->scalar_type()));
-    REQUIRE(bias->dim() == 1 && bias->size(0) == out_features, "bias must be [", out_features, "]; got ",
-            shape_of(*bias));
-    if (!bias->is_contiguous()) bias = torch::stable::contiguous(*bias);
-    call.bias = bias->const_data_ptr();
-    call.bias_element = element_of("bias", bias->scalar_type());
-  }
-  REQUIRE(scales.has_value() == (weight_element == Element::I8),
-          weight_element == Element::I8 ? "scales are required for an int8 weight; got none"
-                                        : "scales are for int8 weights alone; got some for another");
-  if (scales) {
-    REQUIRE(scales->scalar_type() == ScalarType::Float && scales->dim() == 1 && scales->size(0) == out_features,
-            "scales must be float32 [", out_features, "]; got ", name_of(scales->scalar_type()), " ",
-            shape_of(*scales));
-    if (!scales->is_contiguous()) scales = torch::stable::contiguous(*scales);
-    call.scales = static_cast<const float*>(scales->const_data_ptr());
-  }
-  call.activation = activation_of(activation);
-
-  Tensor x = x_in;
-  if (!rows_are_regular(x, call.x_stride)) {
-    x = torch::stable::contiguous(x);
-    call.x_stride = in_features;
-  }
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = out_features;
-  call.tokens = 1;
-  for (int64_t i = 0; i < dims - 1; ++i) call.tokens *= shape[i];
-  const Tensor y = empty_on_cpu(shape, x.scalar_type());
-
-  call.x = x.const_data_ptr();
-  call.x_element = element_of("x", x.scalar_type());
-  call.weight_element = weight_element;
+  call.x = in.x.const_data_ptr();
+  call.x_stride = in.x_stride;
+  call.x_element = element_of("x", in.x.scalar_type());
+  call.packed = packed;
+  call.weight_element = in.element;
+  if (in.scales) call.scales = static_cast<const float*>(in.scales->const_data_ptr());
+  if (in.bias) call.bias = in.bias->const_data_ptr(), call.bias_element = element_of("bias", in.bias->scalar_type());
+  call.activation = in.activation;
   call.y = y.mutable_data_ptr();
-  call.y_stride = out_features;
-  call.out_features = out_features;
-  call.in_features = in_features;
+  call.y_stride = in.out_features;
+  call.tokens = in.tokens;
+  call.out_features = in.out_features;
+  call.in_features = in.in_features;
   cpu::linear(call);
   return y;
+}
+
+Tensor linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> bias, std::optional<Tensor> scales,
+              int64_t out_features, int64_t in_features, std::string dtype, std::string activation) {
+  LinearOperands in(x, std::move(bias), std::move(scales), out_features, in_features, dtype, activation);
+  const uint8_t* const data = check_packed(packed, dtype, out_features, in_features);
+  if constexpr (HAS_DEVICE_CODE) {
+    if (const Emulation* emulation = current_emulation()) return emulated_linear(*emulation, std::move(in), data);
+  }
+  return multiply(in, data);
+}
+
+Tensor linear_fused(const Tensor& x, const Tensor& packed, std::optional<Tensor> bias, std::optional<Tensor> scales,
+                    std::optional<Tensor> x_scales, std::optional<Tensor> residual, std::optional<Tensor> y_scale,
+                    int64_t out_features, int64_t in_features, std::string dtype, std::string activation,
+                    std::string out_dtype) {
+  FusedOperands fused{std::move(x_scales), std::move(residual), std::move(y_scale), std::move(out_dtype)};
+  LinearOperands in(x, std::move(bias), std::move(scales), out_features, in_features, dtype, activation, &fused);
+  const uint8_t* const data = check_packed(packed, dtype, out_features, in_features);
+  if constexpr (HAS_DEVICE_CODE) {
+    if (const Emulation* emulation = current_emulation()) return emulated_linear(*emulation, std::move(in), data);
+  }
+  REQUIRE(x.scalar_type() != ScalarType::Char, "x must be of a float dtype: the CPU kernels have no int8 x; got int8");
+  REQUIRE(!in.residual, "residual must be none: the CPU kernels have no residual; got one");
+  REQUIRE(in.y_type == x.scalar_type(), "out_dtype must be the dtype of x, ", name_of(x.scalar_type()),
+          ": the CPU kernels have no other; got ", name_of(in.y_type));
+  return multiply(in, data);
 }
 
 // ---- Instruction sets ----
@@ -369,7 +318,30 @@ void force_cpu_isa(std::string isa) {
          "; got '", isa, "'");
 }
 
+// ---- The device ----
+
 std::string device_archs() { return SPARSE24_ARCHS; }
+
+std::string device_problem_of(int64_t device, std::string dtype) {
+  const Element element = linear_element(dtype);
+  if constexpr (HAS_DEVICE_CODE) return device_problem(device, element);
+  return "this build of sparse24 has no device code";
+}
+
+std::string emulated_arch() {
+  if constexpr (HAS_DEVICE_CODE) {
+    if (const Emulation* emulation = current_emulation()) return emulation->options.arch;
+  }
+  return "";
+}
+
+std::string linear_plan_of(const Tensor& x, int64_t out_features, std::string dtype) {
+  const Element element = linear_element(dtype);
+  REQUIRE(x.dim() >= 1, "x must be [..., in_features]; got []");
+  REQUIRE(x.is_cuda() || !emulated_arch().empty(), "x must be a CUDA tensor, or a CPU tensor within emulate()");
+  if constexpr (HAS_DEVICE_CODE) return linear_plan(x, out_features, element);
+  return "";
+}
 
 }  // namespace
 
@@ -383,6 +355,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparse24, CPU, m) {
   m.impl("unpack", TORCH_BOX(&unpack));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_inference", TORCH_BOX(&linear));
+  m.impl("linear_fused", TORCH_BOX(&linear_fused));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparse24, CompositeExplicitAutograd, m) {
@@ -390,6 +363,9 @@ STABLE_TORCH_LIBRARY_IMPL(sparse24, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("force_cpu_isa", TORCH_BOX(&force_cpu_isa));
   m.impl("device_archs", TORCH_BOX(&device_archs));
+  m.impl("device_problem", TORCH_BOX(&device_problem_of));
+  m.impl("emulated_arch", TORCH_BOX(&emulated_arch));
+  m.impl("linear_plan", TORCH_BOX(&linear_plan_of));
 }
 
 }  // namespace sparse24::ops

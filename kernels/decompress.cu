@@ -7,12 +7,11 @@
 //
 //   meta byte b of row r        values of row r                 dense row r
 //   [ code 2b | code 2b+1 ] ->  units 4b .. 4b+3           ->   units 8b .. 8b+7
-#include "format.cuh"
+#include "decompress.cuh"
 
 namespace sparse24 {
 
-constexpr int BLOCK_BYTES = 32;  // a warp along one row
-constexpr int BLOCK_ROWS = 8;    // 256 threads, full occupancy at any register count this kernel can reach
+using decompress::BLOCK_BYTES, decompress::BLOCK_ROWS;
 
 // A unit is PAIR elements of T: one, or two for pair 4:8.
 template <typename T, int PAIR>
@@ -81,9 +80,10 @@ __device__ __forceinline__ void decompress_nibble_rows(const uint8_t* __restrict
 }  // namespace sparse24
 
 // pair 4:8 on int4 is decompress_b8 on bytes, with columns = ceil(K / 2).
-#define SPARSE24_DECOMPRESS(NAME, T, PAIR)                                                                         \
-  extern "C" __global__ void NAME(const T* values, const uint8_t* meta, T* dense, int64_t rows, int64_t columns) { \
-    sparse24::decompress_rows<T, PAIR>(values, meta, dense, rows, columns);                                        \
+#define SPARSE24_DECOMPRESS(NAME, T, PAIR)                                                                   \
+  extern "C" __global__ void NAME(const __grid_constant__ sparse24::DecompressArguments arguments) {         \
+    sparse24::decompress_rows<T, PAIR>(static_cast<const T*>(arguments.values), arguments.meta,              \
+                                       static_cast<T*>(arguments.dense), arguments.rows, arguments.columns); \
   }
 SPARSE24_DECOMPRESS(decompress_b8, uint8_t, 1)
 SPARSE24_DECOMPRESS(decompress_b16, uint16_t, 1)
@@ -93,7 +93,7 @@ SPARSE24_DECOMPRESS(decompress_pair_b16, uint16_t, 2)
 SPARSE24_DECOMPRESS(decompress_pair_b32, uint32_t, 2)
 #undef SPARSE24_DECOMPRESS
 
-extern "C" __global__ void decompress_b4(const uint8_t* values, const uint8_t* meta, uint8_t* dense, int64_t rows,
-                                         int64_t columns) {
-  sparse24::decompress_nibble_rows(values, meta, dense, rows, columns);
+extern "C" __global__ void decompress_b4(const __grid_constant__ sparse24::DecompressArguments arguments) {
+  sparse24::decompress_nibble_rows(static_cast<const uint8_t*>(arguments.values), arguments.meta,
+                                   static_cast<uint8_t*>(arguments.dense), arguments.rows, arguments.columns);
 }

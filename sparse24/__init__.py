@@ -1,7 +1,7 @@
 """2:4 structured sparsity for PyTorch: prune, compress and run, on sparse tensor cores and on plain CPUs."""
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from sparse24.conversion import convert
 from sparse24.io import load, save
@@ -11,6 +11,9 @@ from sparse24.pruning import prune
 from sparse24.quantization import quantize
 from sparse24.reporting import report
 
+if TYPE_CHECKING:
+    from sparse24.emulation import emulate
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -18,6 +21,7 @@ __all__ = [
     "compress",
     "convert",
     "decompress",
+    "emulate",
     "load",
     "prune",
     "prune_compress",
@@ -30,7 +34,9 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     if name == "ptx":  # the emulator is imported when it is first used
         return importlib.import_module("sparse24.ptx")
+    if name == "emulate":
+        return importlib.import_module("sparse24.emulation").emulate
     raise AttributeError(f"module 'sparse24' has no attribute {name!r}")

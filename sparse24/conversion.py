@@ -25,8 +25,9 @@ def convert(model: nn.Module) -> Report[Outcome]:
     """Swap each nn.Linear whose weight is 2:4 for a packed SparseLinear, in place, and remove what the flow added.
 
     A layer that prune masked keeps that mask's pattern; any other weight is tried as 2:4. Fake-quantised layers become
-    int8 layers with the very integers the fake quantisation used. Hooks of others move to the new layer. Layers on
-    CUDA hold the compressed weight and run dense in this version; they pack when they move to the CPU.
+    int8 layers with the very integers the fake quantisation used. Hooks of others move to the new layer. Layers that
+    nothing sparse can run where they are (float32 on CUDA) hold the compressed weight and run dense (report() says so),
+    until they move to a device or a dtype where they pack.
     Returns one row per layer: "converted", or "skipped" with the reason; a skipped layer keeps its (masked) weight.
     """
     rows = []

@@ -1,9 +1,11 @@
 """SparseLinear: nn.Linear with a 2:4 weight. Its state, its two forms, its forward.
 
 Canonical form: `values` and `meta`, two parameters; what is saved, loaded, trained and moved (docs/format.md).
-Packed form: one uint8 buffer, the same bytes in the order of the CPU kernels. Exactly one of them is resident.
+Packed form: one uint8 buffer, the same numbers in the order of the kernels of the device that the layer is on.
+Exactly one of them is resident.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
@@ -17,7 +19,7 @@ from sparse24.weight import READ_ONLY, SparseWeight, TracedWeight
 
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PACKED = "a packed SparseLinear has no {}: call unpack() first, or use state_dict() and load_state_dict()"
-PACKING_DEVICES = ("cpu", "meta")  # CUDA has no sparse GEMM in this version: the canonical form stays and runs dense
+FLOAT32_ON_CUDA = "float32 has no sparse kernel on CUDA; half() or bfloat16() makes the layer sparse there"
 
 
 class SparseLinear(nn.Module):
@@ -28,14 +30,15 @@ class SparseLinear(nn.Module):
     meta:   [out_features, ceil(ceil(in_features / 4) / 2)] uint8, two 2-bit column codes a group. Unpacked only.
     bias:   [out_features], `dtype`, or None.
     scales: [out_features] float32, one per row of an int8 weight, else None. Stays float32 through .half().
-    packed: one uint8 tensor in the order of the CPU kernels. Packed layers only.
+    packed: one uint8 tensor in the order of the kernels of its device. Packed layers only.
 
     pattern: "2:4", or the stricter "1:2". activation: "none", "relu", "gelu" (erf), "gelu_tanh", "silu".
     weight_dtype: None for `dtype`, or torch.int8; then x is rounded to int8 per token as well (quantize_rows).
     dtype: float32, float16 or bfloat16.
 
     A new layer starts as nn.Linear does, pruned by magnitude, in canonical form: `values` can be trained, the pattern
-    is fixed, and the product runs dense. `pack()` makes it sparse and fast; gradients then reach x and bias only.
+    is fixed, and the product runs dense. `pack()` makes it sparse and fast; gradients then reach x and bias only. On
+    CUDA float32 stays dense, and so does what autocast would have in another dtype than the weight's; report() tells.
     state_dict() and load_state_dict() speak the canonical form in both; of a packed layer it is a copy. Loading checks
     everything: state that is incomplete, of another dtype or shape, not finite in scales or illegal in meta is refused,
     and the layer stays as it was. Float dtypes must agree, save under assign=True, where the layer takes the state's.
@@ -136,8 +139,8 @@ class SparseLinear(nn.Module):
     def pack(self) -> Self:
         """Freeze: values and meta give way to the packed form, which runs sparse. Returns self.
 
-        Device moves keep it. CUDA has no sparse kernel in this version: there the canonical form stays, frozen, and
-        runs dense; the layer packs when it comes back to the CPU.
+        Moves repack it for where the layer comes. Where nothing sparse can run (why_dense: float32 on CUDA, a device
+        without kernels, a driver too old) the canonical form stays, frozen, and runs dense until the next move.
         """
         self._frozen = True
         self._settle()
@@ -173,12 +176,12 @@ class SparseLinear(nn.Module):
         values, meta = self._parameters.get("values"), self._parameters.get("meta")
         if not self._frozen or values is None or meta is None:
             return
-        if values.device.type in PACKING_DEVICES:
-            self._buffers["packed"] = ops.pack(values.detach(), meta.detach(), in_features=self.in_features)
-            del self._parameters["values"], self._parameters["meta"]
-        else:
+        if why_dense(values.device, self.weight_dtype):
             self._buffers["packed"] = None
             values.requires_grad_(False)
+        else:
+            self._buffers["packed"] = ops.pack(values.detach(), meta.detach(), in_features=self.in_features)
+            del self._parameters["values"], self._parameters["meta"]
 
     def _thaw(self) -> None:
         """Bring any layer into canonical form."""
@@ -208,7 +211,7 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self._buffers["packed"]  # not self.packed: nn.Module finds that only after a failed lookup
-        if packed is None:
+        if packed is None or ((packed.is_cuda or ops.emulating) and self._why_dense(x)):
             return self._dense_forward(x)
         if x.dtype is not self.dtype:
             self._check_dtype(x)
@@ -222,6 +225,21 @@ class SparseLinear(nn.Module):
             dtype=self.weight_dtype,
             activation=self.activation,
         )
+
+    def _why_dense(self, x: Tensor) -> str:
+        """Why forward(x) multiplies by the decompressed weight; "" where it runs a sparse kernel."""
+        packed = self._buffers["packed"]
+        if packed is None:
+            return why_dense(self.device, self.weight_dtype) or "unpacked; call pack()"
+        if self.weight_dtype is torch.int8 or packed.is_meta:
+            return ""
+        # What is traced while some thread emulates is traced for that, and torch.compile traces it anew afterwards.
+        if not (packed.is_cuda or torch.compiler.is_compiling() or ops.emulated_arch()):
+            return ""
+        if self.weight_dtype is torch.float32:
+            return FLOAT32_ON_CUDA
+        cast = _autocast_dtype(x.device.type)
+        return "" if cast in (None, self.dtype) else f"autocast casts x to {cast}, the weight is {self.dtype}"
 
     def _dense_forward(self, x: Tensor) -> Tensor:
         if x.dim() == 0 or x.shape[-1] != self.in_features:
@@ -250,7 +268,8 @@ class SparseLinear(nn.Module):
     def _dense_weight(self) -> Tensor:
         """W decompressed: `dtype`, differentiable in float values; or float32 and scaled, of an int8 layer."""
         values, meta = self._canonical()
-        weight = ops.decompress(values, meta, in_features=self.in_features, pattern=self.pattern)
+        decompress = _decompress_by_torch if device_problem(values.device, self.weight_dtype) else ops.decompress
+        weight = decompress(values, meta, in_features=self.in_features, pattern=self.pattern)
         return weight if self.scales is None else weight * self.scales[:, None]
 
     def _detached_weight(self) -> Tensor:
@@ -430,6 +449,41 @@ class SparseLinear(nn.Module):
             store[name] = tensor
         if "values" in incoming:
             self._settle()
+
+
+def why_dense(device: torch.device, weight_dtype: torch.dtype) -> str:
+    """Why a weight of this element type stays in canonical form and runs dense on a device; "" where it is packed."""
+    unsupported = FLOAT32_ON_CUDA if device.type == "cuda" and weight_dtype is torch.float32 else ""
+    return device_problem(device, weight_dtype) or unsupported
+
+
+def device_problem(device: torch.device, weight_dtype: torch.dtype) -> str:
+    """Why none of our kernels can run on a device, or ""; the first to meet a reason is warned."""
+    return "" if device.type in ("cpu", "meta") else _accelerator_problem(device, weight_dtype)
+
+
+def _accelerator_problem(device: torch.device, weight_dtype: torch.dtype) -> str:
+    if device.type != "cuda":
+        problem = f"there are no kernels for {device.type}"
+    else:
+        problem = ops.device_problem(device, weight_dtype)
+    if problem and _warned.setdefault((device, problem), token := object()) is token:  # once, in any number of threads
+        warnings.warn(f"sparse24 runs dense on {device}: {problem}", stacklevel=2)
+    return problem
+
+
+# What torch.compiler.assume_constant_result does, which would import torch._dynamo: seconds at every import of ours.
+_accelerator_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+_warned: dict[tuple[torch.device, str], object] = {}
+
+
+def _decompress_by_torch(values: Tensor, meta: Tensor, *, in_features: int, pattern: str) -> Tensor:
+    """ops.decompress, by nothing but operators of torch."""
+    columns = ops.columns_of(meta, in_features=in_features, pattern=pattern)
+    padded = values.new_zeros((values.shape[0], 2 * values.shape[1]))
+    return padded.scatter(1, columns, values)[:, :in_features]
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -8,6 +8,9 @@ docs/format.md gives ``values`` and ``meta`` bit by bit; sparse24/reference.py s
 
 Accuracy and rounding rules are those of docs/format.md; every error is a RuntimeError that names the argument, the
 rule and what came.
+
+CPU tensors go to the CPU kernels and CUDA tensors to the device's, which multiply float16, bfloat16 and int8 weights.
+Within sparse24.emulate() linear and decompress run the device's kernels on CPU tensors.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ torch.ops.load_library(_LIBRARY)
 _ops = torch.ops.sparse24
 _linear = _ops.linear.default
 _linear_inference = _ops.linear_inference.default
+_linear_fused = _ops.linear_fused.default
 if not _ops.device_archs():
     warnings.warn("this build of sparse24 has no device code: CUDA tensors are refused", stacklevel=2)
 
@@ -130,10 +134,10 @@ def columns_of(meta: Tensor, *, in_features: int, pattern: str = "2:4") -> Tenso
 
 
 def pack(values: Tensor, meta: Tensor, *, in_features: int) -> Tensor:
-    """The same weight in the order of the CPU kernels: one uint8 tensor, aligned to 64 bytes.
+    """The same weight in the order of the kernels of its device: one uint8 tensor, aligned to 64 bytes.
 
-    values: float32, float16, bfloat16 or int8, in 2:4 or 1:2. Exact; unpack() is its inverse. Metadata is not checked
-    (validate() does that), yet whatever it holds, nothing is read or written out of bounds.
+    values: float32, float16, bfloat16 or int8, in 2:4 or 1:2; not float32 on CUDA. Exact; unpack() is its inverse.
+    Metadata is not checked (validate() does that), yet whatever it holds, nothing is read or written out of bounds.
     """
     return _ops.pack(values, meta, in_features)
 
@@ -153,24 +157,148 @@ def linear(
     in_features: int,
     dtype: torch.dtype,
     activation: str = "none",
+    x_scales: Tensor | None = None,
+    residual: Tensor | None = None,
+    y_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """activation(x @ W.T + bias) with W packed; x [..., in_features] float32, float16 or bfloat16, any row stride.
+    """activation(x @ W.T + bias + residual) with W packed; x [..., in_features], any row stride.
 
-    dtype: element type of W. For int8, scales is float32 [out_features], and each row of x is quantised on the way:
+    dtype: element type of W. x: float32, float16 or bfloat16; on CUDA a float W wants x in its own dtype.
+    For int8 W, scales is float32 [out_features], and each row of x is quantised on the way:
     s = amax / 127 (1 for a row of zeros), q = clamp(round_half_even(x / s), -127, 127), y = sum(q * w) * (s * scales)
     + bias; a row that is not finite gives NaN.
     bias: [out_features], any float dtype. activation: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
     Returns y [..., out_features] in the dtype of x. Under autocast x is cast first, as for F.linear.
-    Differentiable in x and bias; W is frozen (int8: the gradient passes straight through the rounding of x).
-    Error before the activation: |y - ref| <= (K + 2) 2^-24 (|x| |W|^T + |bias|) + u |ref|, u half an ulp of y's dtype;
-    a bfloat16 W rounds x to bfloat16 first. Dropped entries of W contribute nothing, so 0 * Inf there gives no NaN.
+
+    On CUDA, and where it is emulated, but not by the CPU's kernels:
+    residual:  [..., out_features], any float dtype, added before the activation.
+    out_dtype: of y. float32, float16 or bfloat16, one rounding from float32; int8, which needs y_scale, float32 [] or
+               [1]: clamp(round_half_even(y / y_scale), -127, 127), NaN gives 0; or int32, for int8 x and W without
+               anything else: the plain sums.
+    x_scales:  float32 [], [1] or [tokens], for an int8 x and W: y = sum(x * w) * (x_scales * scales) + ...
+               in_features up to 2^18 (4 less for int8 x) keep the sums of int8 exact; more is refused.
+
+    Differentiable in x, bias and residual; W is frozen (int8: the gradient passes straight through the rounding of x).
+    With gradients, residual, activation and out_dtype are torch's own operations on y in the dtype of x; there are none
+    for x_scales, y_scale and integer out_dtype. Raises RuntimeError for arguments that do not fit.
+    Error before the activation: |y - ref| <= (K + 2) 2^-24 (|x| |W|^T + |bias| + |residual|) + u |ref|, u half an ulp
+    of y's dtype; on the CPU a bfloat16 W rounds x to bfloat16 first. Dropped entries of W contribute nothing, so
+    0 * Inf there gives no NaN.
     """
+    if residual is not None or out_dtype is not None or x_scales is not None or y_scale is not None:
+        sizes = (out_features, in_features, dtype)
+        return _linear_with(x, packed, bias, scales, x_scales, residual, y_scale, *sizes, activation, out_dtype)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         y = _linear(x, packed, bias, scales, out_features, in_features, _NAMES[dtype], "none")
-        if activation not in ACTIVATIONS:
-            raise RuntimeError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-        return ACTIVATIONS[activation](y)
+        return _activation(activation)(y)
     return _linear_inference(x, packed, bias, scales, out_features, in_features, _NAMES[dtype], activation)
+
+
+def _activation(name: str) -> Callable[[Tensor], Tensor]:
+    if name not in ACTIVATIONS:
+        raise RuntimeError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {name!r}")
+    return ACTIVATIONS[name]
+
+
+def _linear_with(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    scales: Tensor | None,
+    x_scales: Tensor | None,
+    residual: Tensor | None,
+    y_scale: Tensor | None,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+    activation: str,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    operands = (x, bias, x_scales, residual, y_scale)
+    if torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in operands):
+        if x_scales is not None or y_scale is not None or not (out_dtype is None or out_dtype.is_floating_point):
+            raise RuntimeError(
+                "linear has no gradient with x_scales, y_scale or an integer out_dtype: call it under torch.no_grad()"
+            )
+        y = _linear(x, packed, bias, scales, out_features, in_features, _NAMES[dtype], "none")
+        y_dtype = out_dtype or y.dtype
+        if residual is not None:
+            _check_residual(residual, y.shape)
+            y = y + residual
+        return _activation(activation)(y).to(y_dtype)
+    if out_dtype is None:
+        device = x.device.type
+        cast = x.is_floating_point() and torch.is_autocast_enabled(device)
+        out_dtype = torch.get_autocast_dtype(device) if cast else x.dtype
+    fused = (x_scales, residual, y_scale)
+    return _linear_fused(
+        x,
+        packed,
+        bias,
+        scales,
+        *fused,
+        out_features,
+        in_features,
+        _NAMES[dtype],
+        activation,
+        str(out_dtype).removeprefix("torch."),
+    )
+
+
+def _check_residual(residual: Tensor, shape: torch.Size) -> None:
+    if residual.shape != shape:
+        raise RuntimeError(f"residual must be of the shape of y, {list(shape)}; got {list(residual.shape)}")
+
+
+# ---- The device ------------------------------------------------------------------------------------------------------
+
+
+def device_problem(device: torch.device | int, dtype: torch.dtype) -> str:
+    """Why CUDA device `device` does not run the kernels for weights of element type `dtype`, or "" where it does.
+
+    The first call for a device and a dtype runs them once, against known answers, which takes a few milliseconds;
+    while a graph is captured that is put off.
+    """
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    index = device if isinstance(device, int) else device.index
+    return _ops.device_problem(torch.cuda.current_device() if index is None else index, _NAMES[dtype])
+
+
+emulating = 0  # threads' emulate() blocks of this process; where there are none, emulated_arch() need not be asked
+
+
+def emulated_arch() -> str:
+    """What this thread emulates, such as "sm_80"; "" where it does not."""
+    return _ops.emulated_arch()
+
+
+def linear_plan(x: Tensor, *, out_features: int, dtype: torch.dtype) -> str:
+    """The kernel that linear() would run for x [..., in_features], such as "linear_f16_64x64, K in 3 splits".
+
+    x: a CUDA tensor, or a CPU tensor within emulate(); dtype: of W. By the shape, the alignment and the device alone.
+    """
+    return _ops.linear_plan(x, out_features, _NAMES[dtype])
+
+
+def linear_kernels(dtype: torch.dtype) -> list[str]:
+    """The device's kernels of linear() for weights of element type `dtype`, such as "linear_f16_64x64"."""
+    names: str = _ops.linear_kernels(_NAMES[dtype])
+    return names.split()
+
+
+@contextmanager
+def force_linear_kernel(kernel: str, splits: int = 1) -> Iterator[None]:
+    """Within the block, this thread's products on CUDA run `kernel`, with in_features in up to `splits` parts.
+
+    For tests and measurements. linear() raises RuntimeError where the kernel does not exist or cannot run the call.
+    """
+    _ops.force_linear_kernel(kernel, splits)
+    try:
+        yield
+    finally:
+        _ops.force_linear_kernel("", 0)
 
 
 # ---- Instruction sets ------------------------------------------------------------------------------------------------
@@ -254,7 +382,7 @@ def _(values: Tensor, meta: Tensor, in_features: int, dtype: str, pattern: str) 
 @torch.library.register_fake("sparse24::pack")
 def _(values: Tensor, meta: Tensor, in_features: int) -> Tensor:
     _check_compressed(values, meta, in_features, _NAMES[values.dtype], "2:4")
-    size = _ops.packed_bytes(int(values.shape[0]), int(in_features), _NAMES[values.dtype])
+    size = _ops.packed_bytes(int(values.shape[0]), int(in_features), _NAMES[values.dtype], values.device.type)
     return values.new_empty((size,), dtype=torch.uint8)
 
 
@@ -262,6 +390,14 @@ def _(values: Tensor, meta: Tensor, in_features: int) -> Tensor:
 def _(packed: Tensor, out_features: int, in_features: int, dtype: str) -> tuple[Tensor, Tensor]:
     values, meta = _compressed_shapes(out_features, in_features, "2:4", dtype)
     return packed.new_empty(values, dtype=getattr(torch, dtype)), packed.new_empty(meta)
+
+
+def _y_shape(x: Tensor, out_features: int, in_features: int) -> torch.Size:
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise RuntimeError(
+            f"x must be [..., {in_features}] to match weight [{out_features}, {in_features}]; got {list(x.shape)}"
+        )
+    return torch.Size((*x.shape[:-1], out_features))
 
 
 @torch.library.register_fake("sparse24::linear")
@@ -276,14 +412,33 @@ def _(
     dtype: str,
     activation: str,
 ) -> Tensor:
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise RuntimeError(
-            f"x must be [..., {in_features}] to match weight [{out_features}, {in_features}]; got {list(x.shape)}"
-        )
-    return x.new_empty((*x.shape[:-1], out_features))
+    return x.new_empty(_y_shape(x, out_features, in_features))
 
 
-# Under autocast x is cast, as for F.linear. As a kernel of its own it costs nothing where autocast is off.
+@torch.library.register_fake("sparse24::linear_fused")
+def _(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    scales: Tensor | None,
+    x_scales: Tensor | None,
+    residual: Tensor | None,
+    y_scale: Tensor | None,
+    out_features: int,
+    in_features: int,
+    dtype: str,
+    activation: str,
+    out_dtype: str,
+) -> Tensor:
+    shape = _y_shape(x, out_features, in_features)
+    if out_dtype not in ("float32", "float16", "bfloat16", "int8", "int32"):
+        raise RuntimeError(f"out_dtype must be float32, float16, bfloat16, int8 or int32; got {out_dtype}")
+    if residual is not None:
+        _check_residual(residual, shape)
+    return x.new_empty(shape, dtype=getattr(torch, out_dtype))
+
+
+# Under autocast a float x is cast, as for F.linear. As a kernel of its own it costs nothing where autocast is off.
 _autocast = torch.library.Library("sparse24", "FRAGMENT")
 
 
@@ -295,7 +450,7 @@ def _under_autocast(operator: Any, device: str) -> Callable[..., Tensor]:
     return cast_and_call
 
 
-for _operator in (_linear, _linear_inference):
+for _operator in (_linear, _linear_inference, _linear_fused):
     for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         _autocast.impl(_operator, _under_autocast(_operator, _device), _key)
 

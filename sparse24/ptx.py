@@ -141,11 +141,16 @@ def load(path_or_text: str | bytes | os.PathLike[str]) -> Module:
 
     Raises PtxError where the text is no PTX, with line and column, and OSError for a file that cannot be read.
     """
+    return Module(read_text(path_or_text))
+
+
+def read_text(path_or_text: str | bytes | os.PathLike[str]) -> bytes:
+    """A file's content, or the text itself, as load() takes them."""
     if isinstance(path_or_text, bytes):
-        return Module(path_or_text)
+        return path_or_text
     if isinstance(path_or_text, str) and (not path_or_text or "\n" in path_or_text or "\0" in path_or_text):
-        return Module(path_or_text.encode())
-    return Module(Path(path_or_text).read_bytes())
+        return path_or_text.encode()
+    return Path(path_or_text).read_bytes()
 
 
 def instructions() -> str:

@@ -101,9 +101,15 @@ class KernelError(RuntimeError):
 
 @dataclass(frozen=True)
 class Report:
-    """Of one launch. errors: in the order in which they were met. printed: what the kernel's printf wrote."""
+    """Of one launch. errors: in the order in which they were met. printed: what the kernel's printf wrote.
+
+    grid, block: (x, y, z). shared: dynamic shared memory, bytes.
+    """
 
     kernel: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int
     errors: list[Error]
     counters: Counters
     printed: str
@@ -185,4 +191,12 @@ def read_report(kernel: str, told: dict[str, Any]) -> Report:
         bytes=moved,
         _rows=rows,
     )
-    return Report(kernel=kernel, errors=errors, counters=counters, printed=told["printed"])
+    return Report(
+        kernel=kernel,
+        grid=tuple(told["grid"]),
+        block=tuple(told["block"]),
+        shared=told["shared"],
+        errors=errors,
+        counters=counters,
+        printed=told["printed"],
+    )

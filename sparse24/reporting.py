@@ -32,7 +32,7 @@ class Cost:
     pattern: str  # "2:4", "1:2" or "dense"
     dtype: str  # of the weight
     tokens: tuple[int, ...]  # each M, the rows of x, that was seen; empty if the layer was never called
-    kernel: str
+    kernel: str  # on a GPU, or an emulated one, it depends on M: then what each M runs
     reason: str  # why this kernel
     resident_bytes: int  # parameters and buffers of the layer as it is
     dense_bytes: int  # of an nn.Linear of this shape in the layer's float type
@@ -150,18 +150,19 @@ def report(model: nn.Module, example_inputs: Any) -> Report[Cost]:
     """What runs each linear layer of `model`, why, and what it holds.
 
     example_inputs: what the model is called with, once, in eval mode and without gradients: a Tensor, a tuple of
-    positional arguments or a mapping of keyword arguments. The model is left as it was.
+    positional arguments or a mapping of keyword arguments. The model is left as it was. On CUDA, and under
+    sparse24.emulate(), the kernel is named that the table picks for each M, and its splits of K.
 
     The expected gain is the ratio of weight bytes, dense over sparse in the same dtype: what a product bound by memory
     (M = 1) gains at most. It is arithmetic, not a measurement; products of many tokens are bound by half the
     multiplications, 2x at most.
     """
     layers = list(linear_layers(model))
-    seen: dict[int, set[int]] = {id(found.module): set() for found in layers}
+    seen: dict[int, dict[int, tuple[str, str]]] = {id(found.module): {} for found in layers}  # M: kernel, reason
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
-        seen[id(module)].add(x.shape[:-1].numel())
+        seen[id(module)][x.shape[:-1].numel()] = _choice(module, x) if isinstance(module, SparseLinear) else ("", "")
 
     called = [found.module for found in layers if isinstance(found.module, (nn.Linear, SparseLinear))]
     handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in called]
@@ -179,19 +180,19 @@ def report(model: nn.Module, example_inputs: Any) -> Report[Cost]:
         for module, mode in modes:
             module.training = mode
 
-    rows = [_cost(found, tuple(sorted(seen[id(found.module)]))) for found in layers]
+    rows = [_cost(found, dict(sorted(seen[id(found.module)].items()))) for found in layers]
     total = _bytes(model)
     saved = sum(row.dense_bytes - row.resident_bytes for row in rows if row.pattern != "dense")
     notes = (
         f"whole model: {total:,} bytes resident, {total + saved:,} with every sparse layer dense",
         f"expected gain: dense bytes / sparse bytes of the weight in the same dtype, the most that M = 1 can gain; "
-        f"not measured on this machine (cpu: {ops.cpu_isa()})",
+        f"not measured on this machine ({_machine()})",
     )
     return Report("sparse24 report", rows, notes)
 
 
-def _cost(found: Found, tokens: tuple[int, ...]) -> Cost:
-    layer = found.module
+def _cost(found: Found, seen: dict[int, tuple[str, str]]) -> Cost:
+    layer, tokens = found.module, tuple(seen)
     if not isinstance(layer, SparseLinear):
         weight = layer.weight if isinstance(layer, nn.Linear) else getattr(layer, found.name.rpartition(".")[2])
         resident = _bytes(layer) if isinstance(layer, nn.Linear) else weight.nbytes
@@ -199,32 +200,46 @@ def _cost(found: Found, tokens: tuple[int, ...]) -> Cost:
         dtype = _name(weight.dtype)
         return Cost(found.name, found.shape, "dense", dtype, tokens, "dense", reason, resident, resident, None)
 
-    dense_weight = layer.out_features * layer.in_features
-    dense_bytes = (dense_weight + (layer.out_features if layer.bias is not None else 0)) * layer.dtype.itemsize
+    n, k = found.shape
+    dense_bytes = (n * k + (n if layer.bias is not None else 0)) * layer.dtype.itemsize
+    seen = seen or {0: _choice(layer, None)}
+    kernel, reason = (_by_tokens({m: choice[i] for m, choice in seen.items()}) for i in (0, 1))
     gain = None
-    if layer.packed is None:
-        kernel = "dense"
-        reason = (
-            "unpacked, so decompressed at every call; call pack()"
-            if layer.device.type == "cpu"
-            else f"decompressed at every call: no sparse kernel for {layer.device.type} in this version"
-        )
-    else:
-        kernel = f"sparse linear, {ops.cpu_isa()}" if layer.device.type == "cpu" else "none"
-        reason = "packed" if layer.device.type == "cpu" else f"on the {layer.device.type} device"
-        gain = dense_weight * layer.weight_dtype.itemsize / layer.packed.nbytes
-    return Cost(
-        found.name,
-        found.shape,
-        layer.pattern,
-        _name(layer.weight_dtype),
-        tokens,
-        kernel,
-        reason,
-        _bytes(layer),
-        dense_bytes,
-        gain,
-    )
+    if any(choice[0] != "dense" for choice in seen.values()) and layer.packed is not None:
+        gain = n * k * layer.weight_dtype.itemsize / layer.packed.nbytes
+    dtype = _name(layer.weight_dtype)
+    return Cost(found.name, found.shape, layer.pattern, dtype, tokens, kernel, reason, _bytes(layer), dense_bytes, gain)
+
+
+def _choice(layer: SparseLinear, x: Tensor | None) -> tuple[str, str]:
+    """The kernel that x [..., in_features] of the layer runs, and why; without x as far as that can be said."""
+    like = x if x is not None else torch.empty(0, layer.in_features, dtype=layer.dtype, device=layer.device)
+    reason = layer._why_dense(like)
+    if reason:
+        return "dense", f"{reason}; decompressed at every call"
+    arch = ops.emulated_arch()
+    if layer.device.type == "cuda" or (layer.device.type == "cpu" and arch):
+        where = f"emulated {arch}" if arch else str(layer.device)
+        if x is None:
+            return "sparse linear, by M", f"packed, {where}"
+        x = x if layer.weight_dtype is torch.int8 else x.to(layer.dtype)  # as autocast does
+        plan = ops.linear_plan(x, out_features=layer.out_features, dtype=layer.weight_dtype)
+        return plan, f"packed, {where}"
+    if layer.device.type == "cpu":
+        return f"sparse linear, {ops.cpu_isa()}", "packed"
+    return "none", f"on the {layer.device.type} device"
+
+
+def _machine() -> str:
+    arch = ops.emulated_arch()
+    return f"cpu: {ops.cpu_isa()}" + (f", emulating {arch}" if arch else "")
+
+
+def _by_tokens(cells: dict[int, str]) -> str:
+    """One text for all M where they agree, else one each."""
+    if len(set(cells.values())) == 1:
+        return next(iter(cells.values()))
+    return ", ".join(f"{text} (M = {m})" for m, text in cells.items())
 
 
 def _why_still_dense(layer: nn.Module) -> str:

@@ -43,7 +43,7 @@ class Weight:
         self.packed = ops.pack(values, meta, in_features=columns)
         self.scales = torch.rand(rows, generator=generator) + 0.5 if dtype == torch.int8 else None
 
-    def linear(self, x: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    def linear(self, x: Tensor, bias: Tensor | None = None, activation: str = "none", **fused: object) -> Tensor:
         rows, columns = self.dense.shape
         return ops.linear(
             x,
@@ -54,6 +54,7 @@ class Weight:
             in_features=columns,
             dtype=self.dtype,
             activation=activation,
+            **fused,
         )
 
     def expected(self, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,6 +1,7 @@
 """The tests of the kernels without torch (tests/native): as they ship, under sanitizers, and with bugs planted."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -12,9 +13,9 @@ ROOT = Path(__file__).parents[1]
 PROGRAMS = [path.stem for path in sorted((ROOT / "tests" / "native").rglob("test_*.cpp"))]
 
 
-def run(program: Path, fake: Path) -> subprocess.CompletedProcess[str]:
+def run(program: Path, fake: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "LD_LIBRARY_PATH": str(fake)}  # where tests/native/fake_libcuda.cpp is libcuda.so.1
-    return subprocess.run([program], env=environment, capture_output=True, text=True)
+    return subprocess.run([program, *arguments], env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("build", ["native_release", "native_sanitize"])
@@ -29,31 +30,69 @@ def test_native(request: pytest.FixtureRequest, build: str, program: str) -> Non
 
 
 MUTANTS = {
-    "decompress kernel: one column too many": Mutant(
-        "test_cuda",
-        "kernels/decompress.cu",
-        "if (column >= columns) break;",
-        "if (column > columns) break;",
-        "tests/native/fake_libcuda.cpp",
-    ),
-    "decompress kernel: the two groups of a byte swapped": Mutant(
-        "test_cuda",
-        "kernels/decompress.cu",
-        "const T* kept = values + (row * groups + group) * 2 * PAIR;",
-        "const T* kept = values + (row * groups + (group ^ 1)) * 2 * PAIR;",
-        "tests/native/fake_libcuda.cpp",
-    ),
     "launch: a row of blocks short": Mutant(
         "test_cuda", "csrc/cuda/decompress.cpp", "(row_bytes + BLOCK_BYTES - 1)", "(row_bytes + BLOCK_BYTES - 2)"
     ),
-    "driver: the context is not bound": Mutant(
-        "test_cuda", "csrc/cuda/driver.cpp", "  bind_context(driver, device);\n", "  (void)bind_context;\n"
+    "driver: another device's context is taken": Mutant(
+        "test_driver", "csrc/cuda/driver_api.cpp", "if (handle == device) return;", "return;"
+    ),
+    "driver: a cold thread has no context": Mutant(
+        "test_driver", "csrc/cuda/driver_api.cpp", "  if (current) {\n", "  if (!current) return;\n  {\n"
+    ),
+    "driver: the thread's context is lost": Mutant(
+        "test_driver", "csrc/cuda/driver_api.cpp", "  before_ = current;\n", ""
+    ),
+    "driver: the stream is left out": Mutant(
+        "test_driver", "csrc/cuda/driver.cpp", "config.hStream = static_cast<CUstream>(stream_);", "(void)stream_;"
     ),
     "driver: no PTX for refused cubins": Mutant(
-        "test_cuda",
-        "csrc/cuda/driver.cpp",
-        "{static_cast<const void*>(module.fatbin), static_cast<const void*>(module.ptx)}",
-        "{static_cast<const void*>(module.fatbin)}",
+        "test_driver", "csrc/cuda/driver.cpp", "load(module.ptx, kernel, loaded.library)", "CUDA_ERROR_INVALID_PTX"
+    ),
+    "driver: loading breaks a capture": Mutant(
+        "test_driver", "csrc/cuda/driver.cpp", "  const RelaxedCapture relaxed;\n", ""
+    ),
+    "driver: a module is loaded again": Mutant(
+        "test_driver", "csrc/cuda/driver.cpp", "  if (!loaded.library) load_module", "  load_module"
+    ),
+    "driver: shared memory is not asked for": Mutant(
+        "test_driver", "csrc/cuda/driver.cpp", "if (dynamic > SHARED_BYTES_ALLOWED) {", "if (false) {"
+    ),
+    "images: sm_90a for a later minor": Mutant("test_driver", "csrc/cuda/image.cpp", "image.kind != 'a' && ", ""),
+    "images: the oldest, not the latest": Mutant(
+        "test_driver", "csrc/cuda/image.cpp", "image.sm > best->sm", "image.sm < best->sm"
+    ),
+    "limits: registers of warps are not rounded": Mutant(
+        "test_driver",
+        "csrc/cuda/image.cpp",
+        "round_up(uint64_t{resources.registers} * 32, 256)",
+        "uint64_t{resources.registers} * 32",
+    ),
+    "limits: static shared memory is left out": Mutant(
+        "test_driver",
+        "csrc/cuda/image.cpp",
+        "uint64_t{launch.shared_bytes} + resources.shared_bytes;",
+        "uint64_t{launch.shared_bytes};",
+    ),
+    "known answer: tried while a graph is captured": Mutant(
+        "test_known_answer", "csrc/cuda/known_answer.cpp", "if (is_capturing(device, stream)) return none;", ""
+    ),
+    "known answer: y is not looked at": Mutant(
+        "test_known_answer", "csrc/cuda/known_answer.cpp", "if (got[i] == expected[i]) continue;", "continue;"
+    ),
+    "known answer: the kernels that copy single elements are not tried": Mutant(
+        "test_known_answer", "csrc/cuda/known_answer.cpp", "{problem.bytes, 4, 16}", "{4, 16}"
+    ),
+    "known answer: K is never split": Mutant(
+        "test_known_answer", "csrc/cuda/known_answer.cpp", "alignment == LINE ? 2 : 1", "1"
+    ),
+    "known answer: another thread's capture is broken": Mutant(
+        "test_known_answer",
+        "csrc/cuda/known_answer.cpp",
+        "  const RelaxedCapture relaxed;  // of other threads' streams\n",
+        "",
+    ),
+    "known answer: no memory is for ever": Mutant(
+        "test_known_answer", "csrc/cuda/known_answer.cpp", "error.code == CUDA_ERROR_OUT_OF_MEMORY", "false"
     ),
     "format: the unused half byte is written": Mutant(
         "test_format", "csrc/cpu/format.cpp", "if (row.half_meta) block.meta[row.rest.meta - 1] &= 15;", ""
@@ -96,11 +135,53 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_bug_is_caught(name: str, native_release: Path, tmp_path: Path) -> None:
     mutant = MUTANTS[name]
-    mutated_library = mutant.unit.endswith("fake_libcuda.cpp")
-    target = "fake/libcuda.so.1" if mutated_library else mutant.caught_by
-    output = mutation.build(mutant, native_release, target, tmp_path)
-    done = run(
-        native_release / mutant.caught_by if mutated_library else output,
-        tmp_path if mutated_library else native_release / "fake",
-    )
-    assert done.returncode != 0, f"{mutant.caught_by} did not notice: {name}"
+    output = mutation.build(mutant, native_release, mutant.caught_by, tmp_path)
+    assert run(output, native_release / "fake").returncode != 0, f"{mutant.caught_by} did not notice: {name}"
+
+
+KERNEL_MUTANTS = {
+    "one column too many": ("if (column >= columns) break;", "if (column > columns) break;"),
+    "the two groups of a byte swapped": (
+        "const T* kept = values + (row * groups + group) * 2 * PAIR;",
+        "const T* kept = values + (row * groups + (group ^ 1)) * 2 * PAIR;",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KERNEL_MUTANTS)
+def test_planted_bug_in_decompress_is_caught(name: str, native_release: Path, tmp_path: Path) -> None:
+    right, wrong = KERNEL_MUTANTS[name]
+    source = (ROOT / "kernels" / "decompress.cu").read_text()
+    assert source.count(right) == 1
+    (tmp_path / "wrong.cu").write_text(source.replace(right, wrong))
+    command = [nvcc(native_release), "-O3", "-std=c++20", "-ptx", "-arch=compute_80", "-I", ROOT / "kernels"]
+    subprocess.run([*command, tmp_path / "wrong.cu", "-o", tmp_path / "wrong.ptx"], check=True)
+    assert run(native_release / "test_cuda", native_release / "fake", tmp_path / "wrong.ptx").returncode != 0
+
+
+# ---- What is read of a cubin -----------------------------------------------------------------------------------------
+
+
+def nvcc(build: Path) -> str:
+    return re.search(r"^NVCC:FILEPATH=(.*)$", (build / "CMakeCache.txt").read_text(), re.MULTILINE)[1]
+
+
+@pytest.mark.parametrize("arch", ["80", "90a", "120f"])
+@pytest.mark.parametrize("module", ["pack", "quantize", "linear_few"])
+def test_resources_are_those_of_ptxas(native_release: Path, tmp_path: Path, module: str, arch: str) -> None:
+    """Registers and static shared memory, with a launch bound and without."""
+    ptx = native_release / f"{module}.ptx"
+    command = [nvcc(native_release), "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v", ptx, "-o", tmp_path / "cubin"]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    expected = {}
+    for kernel, used in re.findall(r"entry function '(\w+)'.*?Used (.*?)$", told, re.DOTALL | re.MULTILINE):
+        shared = re.search(r"(\d+) bytes smem", used)
+        bound = re.search(rf"\.entry {kernel}\(.*?\)\s*(?:\.maxntid (\d+))?", ptx.read_text(), re.DOTALL)[1]
+        expected[kernel] = (int(used.split()[0]), int(shared[1]) if shared else 0, int(bound or 0))
+    assert expected
+
+    done = run(native_release / "test_driver", native_release / "fake", "resources_are_read_from_every_cubin")
+    assert done.returncode == 0
+    rows = [line.split() for line in done.stdout.splitlines()]
+    sm = arch.rstrip("af")
+    assert {row[2]: tuple(map(int, row[3:])) for row in rows if row[:2] == [module, sm]} == expected

@@ -3,10 +3,11 @@
 #include <cstdint>
 
 #include "kernels/format.cuh"
+#include "kernels/linear.cuh"
 
 namespace sparse24::cpu {
 
-enum class Activation { NONE, RELU, GELU, GELU_TANH, SILU };
+using sparse24::Activation;
 
 // Size in bytes of the packed form of W [out_features, in_features], element F32, F16, BF16 or I8.
 int64_t packed_bytes(Element element, int64_t out_features, int64_t in_features);

@@ -1,13 +1,16 @@
 // The launch of kernels/decompress.cu.
-#include <algorithm>
+#include "kernels/decompress.cuh"
 
-#include "csrc/cuda/launch.h"
+#include <algorithm>
+#include <cstddef>
+
+#include "csrc/cuda/linear.h"
 
 namespace sparse24::cuda {
 
 namespace {
 
-constexpr unsigned BLOCK_BYTES = 32, BLOCK_ROWS = 8;  // as in the kernel
+using decompress::BLOCK_BYTES, decompress::BLOCK_ROWS;
 constexpr int64_t MAX_GRID_Y = 65535;  // CUDA C++ Programming Guide, compute capabilities; rows beyond it loop
 
 const char* kernel_name(Element element, Pattern pattern) {
@@ -31,6 +34,8 @@ Launch describe_decompress(const void* values, const uint8_t* meta, void* dense,
   const bool pairs_are_bytes = element == Element::I4 && pattern == Pattern::PAIR_FOUR_EIGHT;
   const int64_t columns = pairs_are_bytes ? (in_features + 1) / 2 : in_features;
   const int64_t row_bytes = meta_row_bytes(pattern, in_features);
+  const size_t alignment = std::max(element_bits(element) / 8, 1);
+  using Arguments = DecompressArguments;
 
   Launch launch;
   launch.module = &DECOMPRESS_MODULE;
@@ -38,7 +43,10 @@ Launch describe_decompress(const void* values, const uint8_t* meta, void* dense,
   launch.block = {BLOCK_BYTES, BLOCK_ROWS};
   launch.grid = {static_cast<unsigned>((row_bytes + BLOCK_BYTES - 1) / BLOCK_BYTES),
                  static_cast<unsigned>(std::min((rows + BLOCK_ROWS - 1) / BLOCK_ROWS, MAX_GRID_Y))};
-  launch.pass(values, meta, dense, rows, columns);
+  launch.pass(Arguments{values, meta, dense, rows, columns});
+  launch.reads(offsetof(Arguments, values), values, rows * values_row_bytes(pattern, element, in_features), alignment);
+  launch.reads(offsetof(Arguments, meta), meta, rows * row_bytes);
+  launch.writes(offsetof(Arguments, dense), dense, rows * dense_row_bytes(element, in_features), alignment);
   return launch;
 }
 

@@ -1,126 +1,133 @@
-// Launches through the CUDA driver, which is found in libcuda.so.1 on first use: the library loads without one.
-//
-// A driver launch runs in the calling thread's context. Autograd's worker threads start without one, or with another
-// device's, so every launch binds the device's primary context first (pytorch/pytorch#124565).
-#include <cuda.h>
-#include <dlfcn.h>
+#include "csrc/cuda/driver.h"
 
 #include <map>
 #include <mutex>
 #include <stdexcept>
-#include <string>
-#include <tuple>
 
-#include "csrc/cuda/launch.h"
+#include "csrc/cuda/driver_api.h"
+#include "csrc/cuda/image.h"
 
 namespace sparse24::cuda {
 
 namespace {
 
-struct Driver {
-  decltype(&cuInit) init;
-  decltype(&cuGetErrorString) error_string;
-  decltype(&cuCtxGetCurrent) ctx_get_current;
-  decltype(&cuCtxGetDevice) ctx_get_device;
-  decltype(&cuCtxSetCurrent) ctx_set_current;
-  decltype(&cuDevicePrimaryCtxRetain) primary_ctx_retain;
-  decltype(&cuLibraryLoadData) library_load_data;
-  decltype(&cuLibraryUnload) library_unload;
-  decltype(&cuLibraryGetKernel) library_get_kernel;
-  decltype(&cuKernelGetFunction) kernel_get_function;
-  decltype(&cuLaunchKernelEx) launch_kernel;
+// Asked once. A device keeps its attributes.
+const Device& attributes_of(int device) {
+  static std::mutex mutex;
+  static std::map<int, Device> known;
+  const std::lock_guard lock(mutex);
+  const auto found = known.find(device);
+  if (found != known.end()) return found->second;
 
-  static const Driver& get() {
-    static const Driver driver;
-    return driver;
-  }
+  CUdevice handle;
+  check(driver().cuDeviceGet(&handle, device), "cuDeviceGet", std::to_string(device).c_str());
+  const auto ask = [handle](CUdevice_attribute attribute) {
+    int value = 0;
+    check(driver().cuDeviceGetAttribute(&value, attribute, handle), "cuDeviceGetAttribute");
+    return value;
+  };
+  Device out;
+  out.sm = 10 * ask(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR) + ask(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
+  out.multiprocessors = ask(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
+  out.shared_bytes_per_block = ask(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN);
+  return known[device] = out;
+}
 
-  void check(CUresult result, const std::string& call) const {
-    if (result == CUDA_SUCCESS) return;
-    const char* text = nullptr;
-    error_string(result, &text);
-    throw std::runtime_error(call + " failed: " + (text ? text : "unknown error") + " (" +
-                             std::to_string(static_cast<int>(result)) + ")");
-  }
-
- private:
-  Driver() {
-    void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-    if (!library) throw std::runtime_error(std::string("there is no CUDA driver: ") + dlerror());
-    const auto find = [library](auto& entry, const char* name) {
-      entry = reinterpret_cast<std::decay_t<decltype(entry)>>(dlsym(library, name));
-      if (!entry)
-        throw std::runtime_error(std::string("libcuda.so.1 has no ") + name + "; CUDA 12.0 or newer is needed");
-    };
-    find(init, "cuInit");
-    find(error_string, "cuGetErrorString");
-    find(ctx_get_current, "cuCtxGetCurrent");
-    find(ctx_get_device, "cuCtxGetDevice");
-    find(ctx_set_current, "cuCtxSetCurrent");
-    find(primary_ctx_retain, "cuDevicePrimaryCtxRetain");
-    find(library_load_data, "cuLibraryLoadData");
-    find(library_unload, "cuLibraryUnload");
-    find(library_get_kernel, "cuLibraryGetKernel");
-    find(kernel_get_function, "cuKernelGetFunction");
-    find(launch_kernel, "cuLaunchKernelEx");
-    check(init(0), "cuInit");
-  }
+struct Kernel {
+  CUkernel handle = nullptr;
+  Resources resources;
 };
 
-void bind_context(const Driver& driver, int device) {
-  CUcontext context = nullptr;
-  driver.check(driver.ctx_get_current(&context), "cuCtxGetCurrent");
-  CUdevice current = -1;
-  if (context) driver.check(driver.ctx_get_device(&current), "cuCtxGetDevice");
-  if (context && current == device) return;
-  driver.check(driver.primary_ctx_retain(&context, device), "cuDevicePrimaryCtxRetain");
-  driver.check(driver.ctx_set_current(context), "cuCtxSetCurrent");
-}
+// A module on one device. It stays loaded for as long as the process lives.
+struct Loaded {
+  CUlibrary library = nullptr;
+  const Image* image = nullptr;  // null: compiled from the PTX
+  std::map<std::string, Kernel, std::less<>> kernels;
+};
 
-// A driver that refuses the cubins (too old for them, or a device they do not know) compiles the PTX. Loading is lazy:
-// only cuKernelGetFunction, for the device that is current, tells whether an image will do.
-CUkernel load_kernel(const Driver& driver, const Module& module, const char* name) {
-  CUresult result = CUDA_SUCCESS;
-  for (const void* image : {static_cast<const void*>(module.fatbin), static_cast<const void*>(module.ptx)}) {
-    CUlibrary library = nullptr;
-    CUkernel kernel = nullptr;
-    CUfunction function = nullptr;
-    result = driver.library_load_data(&library, image, nullptr, nullptr, 0, nullptr, nullptr, 0);
-    if (result == CUDA_SUCCESS) result = driver.library_get_kernel(&kernel, library, name);
-    if (result == CUDA_SUCCESS) result = driver.kernel_get_function(&function, kernel);
-    if (result == CUDA_SUCCESS) return kernel;
-    if (library) driver.library_unload(library);
+// Loading is lazy: only cuKernelGetFunction, in a context of the device, tells whether an image will do.
+CUresult load(const void* code, const char* kernel, CUlibrary& library) {
+  const Driver& api = driver();
+  CUlibrary loaded = nullptr;
+  CUkernel handle = nullptr;
+  CUfunction function = nullptr;
+  CUresult result = api.cuLibraryLoadData(&loaded, code, nullptr, nullptr, 0, nullptr, nullptr, 0);
+  if (result != CUDA_SUCCESS) return result;
+  result = api.cuLibraryGetKernel(&handle, loaded, kernel);
+  if (result == CUDA_SUCCESS) result = api.cuKernelGetFunction(&function, handle);
+  if (result == CUDA_SUCCESS) {
+    library = loaded;
+  } else {
+    api.cuLibraryUnload(loaded);
   }
-  driver.check(result, std::string("loading ") + name + " from its cubins and then from its PTX 8.5");
-  return nullptr;
+  return result;
 }
 
-// Kernels stay loaded as long as the process lives.
-CUkernel find_kernel(const Driver& driver, const Module& module, const char* name, int device) {
+// A driver that refuses the cubin, too old for it or with a device it does not know, compiles the PTX.
+void load_module(const Module& module, const char* kernel, const Device& device, Loaded& loaded) {
+  const RelaxedCapture relaxed;
+  loaded.image = choose_image(module, device.sm);
+  if (loaded.image && load(loaded.image->cubin, kernel, loaded.library) == CUDA_SUCCESS) return;
+  loaded.image = nullptr;
+  const CUresult result = load(module.ptx, kernel, loaded.library);
+  if (result == CUDA_ERROR_UNSUPPORTED_PTX_VERSION || result == CUDA_ERROR_INVALID_PTX) {
+    throw DriverError(result,
+                      "there is no cubin for sm_" + std::to_string(device.sm) +
+                          " that the driver takes, and it cannot compile the PTX: " + version_needed(driver().version));
+  }
+  check(result, "cuLibraryLoadData, from PTX since no cubin will do,", kernel);
+}
+
+// Beyond this a kernel must be allowed to have dynamic shared memory (CUDA C++ Programming Guide, "Shared Memory").
+constexpr unsigned SHARED_BYTES_ALLOWED = 48 * 1024;
+
+Kernel load_kernel(const Loaded& loaded, const char* name, int device, const Device& attributes) {
+  Kernel out;
+  check(driver().cuLibraryGetKernel(&out.handle, loaded.library, name), "cuLibraryGetKernel", name);
+  if (loaded.image) out.resources = resources_of(*loaded.image, name);
+  const unsigned dynamic = attributes.shared_bytes_per_block - out.resources.shared_bytes;
+  if (dynamic > SHARED_BYTES_ALLOWED) {
+    CUdevice handle;
+    check(driver().cuDeviceGet(&handle, device), "cuDeviceGet");
+    check(driver().cuKernelSetAttribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, static_cast<int>(dynamic),
+                                        out.handle, handle),
+          "cuKernelSetAttribute for dynamic shared memory", name);
+  }
+  return out;
+}
+
+// A copy: the map may grow in another thread.
+Kernel find_kernel(const Module& module, const char* name, int device) {
   static std::mutex mutex;
-  static std::map<std::tuple<const Module*, std::string, int>, CUkernel> kernels;
+  static std::map<std::pair<const Module*, int>, Loaded> all;
+  const Device& attributes = attributes_of(device);
   const std::lock_guard lock(mutex);
-  CUkernel& kernel = kernels[{&module, name, device}];
-  if (!kernel) kernel = load_kernel(driver, module, name);
-  return kernel;
+  Loaded& loaded = all[{&module, device}];
+  if (!loaded.library) load_module(module, name, attributes, loaded);
+  const auto found = loaded.kernels.find(std::string_view(name));
+  if (found != loaded.kernels.end()) return found->second;
+  return loaded.kernels[name] = load_kernel(loaded, name, device, attributes);
 }
 
 }  // namespace
 
-void run_on_driver(const Launch& launch, int device, void* stream) {
-  const Driver& driver = Driver::get();
-  bind_context(driver, device);
+DriverMachine::DriverMachine(int device, void* stream) : device_(device), stream_(stream) { attributes_of(device); }
+
+Device DriverMachine::device() const { return attributes_of(device_); }
+
+void DriverMachine::run(const Launch& launch) const {
+  const BoundContext context(device_);
+  const Kernel kernel = find_kernel(*launch.module, launch.kernel, device_);
+  check_launch(launch, attributes_of(device_), kernel.resources);
   CUlaunchConfig config{};
   config.gridDimX = launch.grid.x, config.gridDimY = launch.grid.y, config.gridDimZ = launch.grid.z;
   config.blockDimX = launch.block.x, config.blockDimY = launch.block.y, config.blockDimZ = launch.block.z;
   config.sharedMemBytes = launch.shared_bytes;
-  config.hStream = static_cast<CUstream>(stream);
-  std::array<void*, 8> arguments;
-  for (size_t i = 0; i < arguments.size(); ++i) arguments[i] = const_cast<uint64_t*>(&launch.arguments[i]);
+  config.hStream = static_cast<CUstream>(stream_);
+  void* arguments[] = {const_cast<std::byte*>(launch.arguments.data())};
   // cuda.h: a CUkernel may stand wherever a CUfunction is launched.
-  const auto kernel = reinterpret_cast<CUfunction>(find_kernel(driver, *launch.module, launch.kernel, device));
-  driver.check(driver.launch_kernel(&config, kernel, arguments.data(), nullptr),
-               std::string("cuLaunchKernelEx ") + launch.kernel);
+  check(driver().cuLaunchKernelEx(&config, reinterpret_cast<CUfunction>(kernel.handle), arguments, nullptr),
+        "cuLaunchKernelEx", launch.kernel);
 }
 
 }  // namespace sparse24::cuda

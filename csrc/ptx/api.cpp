@@ -23,7 +23,7 @@ struct sparse24_ptx_module {
 
 struct sparse24_ptx_report {
   size_t findings;
-  std::string json;
+  std::string json, text;
 };
 
 namespace {
@@ -107,12 +107,15 @@ sparse24_ptx_report* sparse24_ptx_run(sparse24_ptx_module* module, const char* k
   return guarded<sparse24_ptx_report*>(nullptr, [&] {
     const Program& program = module->loaded.program(kernel);
     const LaunchResult result = run(module->loaded, program, *launch);
-    return new sparse24_ptx_report{result.findings.size(), describe(module->loaded.tree(), program, result)};
+    const Module& tree = module->loaded.tree();
+    return new sparse24_ptx_report{result.findings.size(), describe(tree, program, *launch, result),
+                                   describe(tree, program, result.findings)};
   });
 }
 
 size_t sparse24_ptx_finding_count(const sparse24_ptx_report* report) { return report->findings; }
 const char* sparse24_ptx_report_json(sparse24_ptx_report* report) { return report->json.c_str(); }
+const char* sparse24_ptx_report_text(sparse24_ptx_report* report) { return report->text.c_str(); }
 void sparse24_ptx_discard(sparse24_ptx_report* report) { delete report; }
 
 const char* sparse24_ptx_instructions() {

@@ -18,6 +18,7 @@ typedef struct {
   const void* arguments;  // the kernel's parameter space, as sparse24_ptx_describe lays it out
   size_t argument_bytes;
   uint32_t dynamic_shared;   // bytes
+  uint32_t shared_limit;     // bytes of shared memory a block may have; 0: as the module's target has it
   uint32_t checks;           // bits: 1 memory, 2 init, 4 race, 8 sync, 16 async, 32 tensor
   uint32_t counters;         // 0 or 1
   uint32_t numerics;         // 0 ieee, 1 sm_80, 2 sm_90, 3 float64
@@ -52,6 +53,8 @@ SPARSE24_PTX_API sparse24_ptx_report* sparse24_ptx_run(sparse24_ptx_module* modu
                                                        const sparse24_ptx_launch* launch);
 SPARSE24_PTX_API size_t sparse24_ptx_finding_count(const sparse24_ptx_report* report);
 SPARSE24_PTX_API const char* sparse24_ptx_report_json(sparse24_ptx_report* report);
+// The first findings in words, each on a line that begins with two spaces; empty where there is none.
+SPARSE24_PTX_API const char* sparse24_ptx_report_text(sparse24_ptx_report* report);
 SPARSE24_PTX_API void sparse24_ptx_discard(sparse24_ptx_report* report);
 
 SPARSE24_PTX_API const char* sparse24_ptx_instructions(void);  // the table of supported instructions, markdown

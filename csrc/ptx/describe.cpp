@@ -1,8 +1,11 @@
-// Modules, kernels and reports as JSON. sparse24/ptx.py reads it; docs/emulator.md defines the counters.
+// Modules, kernels and reports as JSON, which sparse24/ptx.py reads, and findings in words. docs/emulator.md defines
+// the counters.
 #include "csrc/ptx/describe.h"
 
+#include <algorithm>
 #include <map>
 #include <set>
+#include <sstream>
 #include <vector>
 
 #include "csrc/ptx/isa.h"
@@ -62,13 +65,18 @@ Space space_of(const Operation& operation, const OperationCounters& counters) {
   return counters.shared_waves > 0 ? Space::SHARED : Space::GENERIC;
 }
 
+// The source file that the origin names; empty where the text has no .loc.
+std::string_view source_of(const Module& module, const Origin& origin) {
+  const bool known = origin.source.file > 0 && origin.source.file < module.files.size();
+  return known ? std::string_view(module.files[origin.source.file]) : std::string_view();
+}
+
 void place(JsonWriter& json, const Module& module, const Program& program, uint32_t operation) {
   const Origin& origin = program.origins[operation];
   json.field("line", origin.line);
   json.field("column", origin.column);
   json.field("opcode", program.opcodes[origin.opcode]);
-  const bool known = origin.source.file > 0 && origin.source.file < module.files.size();
-  json.field("source_file", known ? std::string_view(module.files[origin.source.file]) : std::string_view());
+  json.field("source_file", source_of(module, origin));
   json.field("source_line", origin.source.line);
 }
 
@@ -170,9 +178,13 @@ std::string describe(const Module& module, const Function& kernel, const Program
   return json.take();
 }
 
-std::string describe(const Module& module, const Program& program, const LaunchResult& result) {
+std::string describe(const Module& module, const Program& program, const sparse24_ptx_launch& launch,
+                     const LaunchResult& result) {
   JsonWriter json;
   json.object([&] {
+    json.field("grid", launch.grid);
+    json.field("block", launch.block);
+    json.field("shared", launch.dynamic_shared);
     json.key("findings");
     json.array([&] {
       for (const Finding& finding : result.findings) {
@@ -220,6 +232,25 @@ std::string describe(const Module& module, const Program& program, const LaunchR
     json.field("printed", result.printed);
   });
   return json.take();
+}
+
+std::string describe(const Module& module, const Program& program, const std::vector<Finding>& findings) {
+  constexpr size_t MOST = 5;
+  std::ostringstream text;
+  for (size_t i = 0; i < std::min(findings.size(), MOST); ++i) {
+    const Finding& finding = findings[i];
+    const Origin& origin = program.origins[finding.operation];
+    const std::string_view source = source_of(module, origin);
+    text << (i > 0 ? "\n" : "") << "  " << name_of(finding.kind) << ": line " << origin.line;
+    if (!source.empty()) text << " (" << source << ":" << origin.source.line << ")";
+    text << ", " << program.opcodes[origin.opcode] << ", block (" << finding.block[0] << ", " << finding.block[1]
+         << ", " << finding.block[2] << "), warp " << finding.warp << ", lane " << finding.lane;
+    if (finding.address != 0) text << ", address 0x" << std::hex << finding.address << std::dec;
+    text << ": " << finding.message;
+    if (finding.count > 1) text << " [" << finding.count << " times]";
+  }
+  if (findings.size() > MOST) text << "\n  and " << findings.size() - MOST << " more";
+  return text.str();
 }
 
 }  // namespace sparse24::ptx

@@ -80,10 +80,11 @@ void check_limits(const Module& module, const Program& program, const sparse24_p
            " threads, more than the kernel's .maxntid " + shape(most));
   }
   const uint64_t shared = uint64_t{program.dynamic_offset} + launch.dynamic_shared;
-  if (const uint32_t limit = shared_limit(module.target); shared > limit) {
+  const uint32_t limit = launch.shared_limit != 0 ? launch.shared_limit : shared_limit(module.target);
+  if (shared > limit) {
     refuse("a block needs " + std::to_string(shared) + " bytes of shared memory (" +
            std::to_string(program.shared_bytes) + " static, " + std::to_string(launch.dynamic_shared) + " dynamic), " +
-           std::string(module.target) + " has " + std::to_string(limit));
+           (launch.shared_limit != 0 ? "its device" : std::string(module.target)) + " has " + std::to_string(limit));
   }
   if (launch.argument_bytes != program.parameter_bytes) {
     refuse("arguments are " + std::to_string(launch.argument_bytes) + " bytes, the kernel's parameters " +

@@ -1,54 +1,40 @@
-// The launch path: descriptions, the driver's loading, contexts and errors, and the decompress kernel itself, run by a
-// stand-in for libcuda.so.1 that executes kernels/*.cu compiled for the host. Expected: csrc/cpu's decompress.
-#include <dlfcn.h>
-
-#include <cstring>
-#include <stdexcept>
-#include <string>
-#include <thread>
+// The decompress kernels, on the PTX that ships, through their launches and the driver's machine; the driver is
+// tests/native/fake_libcuda.cpp. Expected: csrc/cpu's decompress.
+#include <fstream>
+#include <iterator>
+#include <vector>
 
 #include "csrc/cpu/format.h"
-#include "csrc/cuda/launch.h"
-#include "tests/native/check.h"
-#include "tests/native/fake_libcuda.h"
+#include "csrc/cuda/driver.h"
+#include "csrc/cuda/linear.h"
+#include "tests/native/device_memory.h"
 
 using namespace sparse24;
-using test::Guarded;
+using test::DeviceCopy;
+using test::fake;
 using test::Random;
 
 namespace {
 
-FakeCuda& fake() {
-  static FakeCuda& state = [&]() -> FakeCuda& {
-    void* library = dlopen("libcuda.so.1", RTLD_NOW);
-    CHECK(library, dlerror());
-    const auto get = reinterpret_cast<decltype(&fake_cuda)>(dlsym(library, "fake_cuda"));
-    CHECK(get, "libcuda.so.1 is a real driver: set LD_LIBRARY_PATH to the stand-in's folder");
-    return *get();
-  }();
-  return state;
-}
-
 void decompress_equals_cpu(Element element, Pattern pattern, int64_t rows, int64_t in_features, Random& random) {
   const int64_t row_bytes = dense_row_bytes(element, in_features);
-  Guarded<uint8_t> dense(rows * row_bytes, 8);
+  std::vector<uint8_t> dense(rows * row_bytes), values(rows * values_row_bytes(pattern, element, in_features));
+  std::vector<uint8_t> meta(rows * meta_row_bytes(pattern, in_features)), expected(dense.size());
   for (uint8_t& byte : dense) byte = static_cast<uint8_t>(random.bits());
-  Guarded<uint8_t> values(rows * values_row_bytes(pattern, element, in_features), 8);
-  Guarded<uint8_t> meta(rows * meta_row_bytes(pattern, in_features));
   cpu::compress({dense.data(), row_bytes, rows, in_features, element}, pattern, cpu::Selection::MAGNITUDE,
                 {values.data(), meta.data()});
-
-  const int64_t bytes = rows * row_bytes;
-  Guarded<uint8_t> expected(bytes, 8), got(bytes, 8);
-  std::memset(got.data(), 0xA5, bytes);
   cpu::decompress({values.data(), meta.data()}, rows, in_features, element, pattern, expected.data());
-  int stream = 0;
-  cuda::run_on_driver(
-      cuda::describe_decompress(values.data(), meta.data(), got.data(), rows, in_features, element, pattern), 0,
-      &stream);
-  CHECK(fake().last_stream == &stream);
-  CHECK(std::memcmp(expected.data(), got.data(), bytes) == 0, "element ", static_cast<int>(element), " pattern ",
-        static_cast<int>(pattern), " rows ", rows, " in_features ", in_features);
+
+  std::vector<uint8_t> got(dense.size(), 0xA5);
+  const size_t alignment = std::max(element_bits(element) / 8, 1);
+  const DeviceCopy on_values(values.data(), values.size(), alignment), on_meta(meta.data(), meta.size());
+  const DeviceCopy on_dense(got.data(), got.size(), alignment);
+  cuda::DriverMachine(0, nullptr)
+      .run(cuda::describe_decompress(on_values.get<void>(), on_meta.get<uint8_t>(), on_dense.get<void>(), rows,
+                                     in_features, element, pattern));
+  on_dense.read(got.data());
+  CHECK(expected == got, "element ", static_cast<int>(element), " pattern ", static_cast<int>(pattern), " rows ", rows,
+        " in_features ", in_features);
 }
 
 void every_element_pattern_and_tail() {
@@ -65,52 +51,17 @@ void every_element_pattern_and_tail() {
   decompress_equals_cpu(Element::I8, Pattern::TWO_FOUR, 65535 * 8 + 9, 1, random);  // more rows than the grid's limit
 }
 
-// A thread that never touched CUDA has no context; one that used device 1 has the wrong one.
-void cold_thread_and_second_device() {
-  Random random(1);
-  std::thread([&] { decompress_equals_cpu(Element::F16, Pattern::TWO_FOUR, 2, 16, random); }).join();
-  CHECK(fake().last_device == 0);
-  uint8_t values[2] = {7, 9}, meta[1] = {0xE}, dense[4];
-  const auto launch = cuda::describe_decompress(values, meta, dense, 1, 4, Element::I8, Pattern::TWO_FOUR);
-  cuda::run_on_driver(launch, 1, nullptr);
-  CHECK(fake().last_device == 1);
-  cuda::run_on_driver(launch, 0, nullptr);
-  CHECK(fake().last_device == 0);
-  CHECK(dense[0] == 0 && dense[1] == 0 && dense[2] == 7 && dense[3] == 9);
-}
-
-void refused_cubins_fall_back_to_ptx() {
-  uint8_t values[2] = {7, 9}, meta[1] = {0x4}, dense[4];
-  const auto launch = cuda::describe_decompress(values, meta, dense, 1, 4, Element::I8, Pattern::TWO_FOUR);
-  CHECK(fake().ptx_loads == 0);
-  fake().refuse_cubins = true;
-  cuda::run_on_driver(launch, 2, nullptr);  // device 2 has loaded nothing yet
-  CHECK(fake().ptx_loads == 1);
-  CHECK(dense[0] == 7 && dense[1] == 9 && dense[2] == 0 && dense[3] == 0);
-  fake().refuse_cubins = false;
-}
-
-void errors_carry_the_call_and_the_words_of_the_driver() {
-  uint8_t values[2] = {7, 9}, meta[1] = {0x4}, dense[4];
-  auto launch = cuda::describe_decompress(values, meta, dense, 1, 4, Element::I8, Pattern::TWO_FOUR);
-  launch.grid.y = 70000;
-  try {
-    cuda::run_on_driver(launch, 0, nullptr);
-    CHECK(false, "a grid beyond the limit was launched");
-  } catch (const std::runtime_error& error) {
-    const std::string text = error.what();
-    CHECK(text.find("cuLaunchKernelEx decompress_b8") != std::string::npos, text);
-    CHECK(text.find("an error of the stand-in (1)") != std::string::npos, text);
-  }
-}
-
 }  // namespace
 
-int main() {
+// With an argument, the name of a PTX file: that runs in the place of what ships.
+int main(int argc, char** argv) {
+  if (argc == 2) {
+    std::ifstream file(argv[1]);
+    fake().edited_ptx["decompress"].assign(std::istreambuf_iterator<char>(file), {});
+  }
   every_element_pattern_and_tail();
-  cold_thread_and_second_device();
-  refused_cubins_fall_back_to_ptx();
-  errors_carry_the_call_and_the_words_of_the_driver();
-  CHECK(fake().launches > 600);
+  CHECK(fake().launches.size() > 600);
+  CHECK(fake().allocations == 0);
+  CHECK(fake().findings.empty(), fake().findings);
   return 0;
 }

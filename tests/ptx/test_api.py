@@ -758,10 +758,11 @@ def test_import_of_sparse24_leaves_the_emulator_out() -> None:
 class CLaunch(ctypes.Structure):
     _fields_ = [
         ("grid", ctypes.c_uint32 * 3), ("block", ctypes.c_uint32 * 3), ("arguments", ctypes.c_void_p),
-        ("argument_bytes", ctypes.c_size_t), ("dynamic_shared", ctypes.c_uint32), ("checks", ctypes.c_uint32),
-        ("counters", ctypes.c_uint32), ("numerics", ctypes.c_uint32), ("sparse_products", ctypes.c_uint32),
-        ("order", ctypes.c_uint32), ("seed", ctypes.c_uint64), ("threads", ctypes.c_uint32),
-        ("budget", ctypes.c_uint64), ("interrupted", ctypes.c_void_p), ("context", ctypes.c_void_p),
+        ("argument_bytes", ctypes.c_size_t), ("dynamic_shared", ctypes.c_uint32),
+        ("shared_limit", ctypes.c_uint32), ("checks", ctypes.c_uint32), ("counters", ctypes.c_uint32),
+        ("numerics", ctypes.c_uint32), ("sparse_products", ctypes.c_uint32), ("order", ctypes.c_uint32),
+        ("seed", ctypes.c_uint64), ("threads", ctypes.c_uint32), ("budget", ctypes.c_uint64),
+        ("interrupted", ctypes.c_void_p), ("context", ctypes.c_void_p),
     ]  # fmt: skip
 
 
@@ -780,6 +781,7 @@ def test_c_interface(axpy: str) -> None:
         "variable",
         "run",
         "report_json",
+        "report_text",
         "instructions",
         "error",
         "isa",
@@ -789,7 +791,10 @@ def test_c_interface(axpy: str) -> None:
     library.sparse24_ptx_allocate.restype = ctypes.c_uint64
     library.sparse24_ptx_allocate.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_int]
     library.sparse24_ptx_free.argtypes = [ctypes.c_uint64]
-    for name in ("unload", "describe", "decode", "discard", "report_json", "describe_kernel", "finding_count", "run"):
+    for name in (
+        *("unload", "describe", "decode", "discard", "describe_kernel"),
+        *("finding_count", "run", "report_json", "report_text"),
+    ):
         count = {"describe_kernel": 2, "decode": 2, "run": 3}.get(name, 1)
         getattr(library, f"sparse24_ptx_{name}").argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p][:count]
     library.sparse24_ptx_finding_count.restype = ctypes.c_size_t
@@ -815,6 +820,7 @@ def test_c_interface(axpy: str) -> None:
     report = library.sparse24_ptx_run(module, b"axpy", ctypes.byref(launch))
     assert report and library.sparse24_ptx_finding_count(report) == 0 and (y == 6).all()
     assert json.loads(library.sparse24_ptx_report_json(report))["findings"] == []
+    assert library.sparse24_ptx_report_text(report) == b""
     library.sparse24_ptx_discard(report)
 
     for change in ({"order": 3}, {"numerics": 4}, {"checks": 64}, {"argument_bytes": 8}):
@@ -823,7 +829,18 @@ def test_c_interface(axpy: str) -> None:
             setattr(wrong, name, value)
         assert library.sparse24_ptx_run(module, b"axpy", ctypes.byref(wrong)) is None
         assert library.sparse24_ptx_error_kind(None, None) == 2
+
+    launch.shared_limit, launch.dynamic_shared = 1000, 1001  # of a smaller device than the text's target
+    assert library.sparse24_ptx_run(module, b"axpy", ctypes.byref(launch)) is None
+    assert b"a block needs 1001 bytes" in library.sparse24_ptx_error()
+    launch.dynamic_shared = 1000
+
     for address in addresses:
         library.sparse24_ptx_free(address)
+    report = library.sparse24_ptx_run(module, b"axpy", ctypes.byref(launch))
+    told = library.sparse24_ptx_report_text(report).decode().splitlines()
+    assert library.sparse24_ptx_finding_count(report) == len(told) > 0
+    assert all(line.startswith("  freed: line ") and "block (0, 0, 0), warp 0, lane 0" in line for line in told)
+    library.sparse24_ptx_discard(report)
     library.sparse24_ptx_free(0)
     library.sparse24_ptx_unload(module)

@@ -9,6 +9,7 @@
 
 #include "csrc/ptx/execute/access.h"
 #include "csrc/ptx/execute/memory_forms.h"
+#include "csrc/ptx/numbers.h"
 
 namespace sparse24::ptx {
 namespace {
@@ -87,8 +88,8 @@ struct AddF64 {
 // The sum of two 11-bit or 8-bit significands, rounded to float and then to their type, is rounded right: float has
 // more than twice their bits and two to spare.
 struct F16 {
-  static float widen(uint16_t bits) { return static_cast<float>(std::bit_cast<_Float16>(bits)); }
-  static uint16_t narrow(float value) { return std::bit_cast<uint16_t>(static_cast<_Float16>(value)); }
+  static float widen(uint16_t bits) { return half_to_float(bits); }
+  static uint16_t narrow(float value) { return static_cast<uint16_t>(float_to_half(value)); }
 };
 struct BF16 {
   static float widen(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }

@@ -103,6 +103,7 @@ void try_text(const std::string& text, Tally& tally) {
       ++tally.launched;
       tally.findings += sparse24_ptx_finding_count(report) != 0;
       CHECK(sparse24_ptx_report_json(report)[0] == '{');
+      CHECK((sparse24_ptx_finding_count(report) != 0) == (sparse24_ptx_report_text(report)[0] != 0));
       sparse24_ptx_discard(report);
     }
     sparse24_ptx_free(address);
