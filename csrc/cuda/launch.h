@@ -69,8 +69,8 @@ struct Launch {
 
 // What a launch is planned for.
 struct Device {
-  int sm = 80;                          // compute capability, major * 10 + minor
-  int multiprocessors = 1;              //
+  int sm = 80;  // compute capability, major * 10 + minor
+  int multiprocessors = 1;
   unsigned shared_bytes_per_block = 0;  // by opt-in
 };
 

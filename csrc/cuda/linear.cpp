@@ -109,9 +109,9 @@ Plan plan_of(const Kernel& kernel, const Shape& shape, int64_t splits) {
 
 // ---- The choice ----
 //
-// Costs in cycles of a multiprocessor, from the rates of an A100: what the tensor cores, shared memory and L2 each need
-// for a column block of a tile, the largest of the three; and of all that, no less than memory needs. It ranks tiles
-// and has not been measured.
+// Costs in cycles of a multiprocessor: what the tensor cores, shared memory and L2 each need for a column block of a
+// tile, the largest of the three; and of all that, no less than memory needs. Rates are an A100's, but for the tensor
+// cores'. It ranks tiles and has not been measured.
 
 constexpr int64_t SHARED_BYTES_PER_CYCLE = 128;
 constexpr int64_t L2_BYTES_PER_CYCLE = 48;      // a multiprocessor's share
@@ -120,9 +120,11 @@ constexpr int64_t BLOCK_CYCLES = 2000;          // filling the pipeline, and the
 constexpr int64_t REDUCE_CYCLES = 5000;         // a second launch
 constexpr int64_t MIN_SPLIT_BLOCKS = 8;         // column blocks, so that a split is longer than what starts it
 
-int64_t column_block_cycles(const tiles::Tile& tile, int bits) {
-  // Four tensor cores, each an mma.sp of 16 rows, 8 tokens and one step of K in 8 cycles.
-  const int64_t tensor = packed::STEPS * (tile.rows / 16) * (tile.tokens / 8) * 8 / 4;
+int64_t column_block_cycles(const tiles::Tile& tile, int bits, int sm) {
+  // Four tensor cores, each an mma.sp of 16 rows, 8 tokens and one step of K in 8 cycles; in 16 on sm_86 and sm_89, by
+  // the published peaks of their professional parts.
+  const int64_t mma = sm == 86 || sm == 89 ? 16 : 8;
+  const int64_t tensor = packed::STEPS * (tile.rows / 16) * (tile.tokens / 8) * mma / 4;
   const int64_t weight = tile.rows / packed::BLOCK_ROWS * packed::block_bytes(bits), x = tile.tokens * tiles::LINE;
   // Written once, and read by every warp: its rows and its tokens.
   const int64_t shared = weight * (1 + tile.tokens / tile.warp_tokens) + x * (1 + tile.rows / tile.warp_rows);
@@ -132,7 +134,7 @@ int64_t column_block_cycles(const tiles::Tile& tile, int bits) {
 // The busiest multiprocessor decides. Blocks that share one share its pipes: together they take as long as in a row.
 int64_t cycles(const Kernel& kernel, const Shape& shape, const Device& device, int64_t splits) {
   const int64_t each =
-      divide_up(shape.column_blocks, splits) * column_block_cycles(kernel.tile, shape.bits) + BLOCK_CYCLES;
+      divide_up(shape.column_blocks, splits) * column_block_cycles(kernel.tile, shape.bits, device.sm) + BLOCK_CYCLES;
   const int64_t busiest = divide_up(shape.blocks(kernel) * splits, device.multiprocessors) * each;
   const int64_t operands = packed::bytes(shape.bits, shape.out_features, shape.in_features) +
                            shape.tokens * shape.in_features * shape.bits / 8;
