@@ -166,11 +166,17 @@ def nvcc(build: Path) -> str:
     return re.search(r"^NVCC:FILEPATH=(.*)$", (build / "CMakeCache.txt").read_text(), re.MULTILINE)[1]
 
 
+def device_code(build: Path) -> Path:
+    """Where its PTX is: in its own folder, or in that of the build it takes it from."""
+    taken = re.search(r"^SPARSE24_DEVICE_CODE:PATH=(.+)$", (build / "CMakeCache.txt").read_text(), re.MULTILINE)
+    return Path(taken[1]) if taken else build
+
+
 @pytest.mark.parametrize("arch", ["80", "90a", "120f"])
 @pytest.mark.parametrize("module", ["pack", "quantize", "linear_few"])
 def test_resources_are_those_of_ptxas(native_release: Path, tmp_path: Path, module: str, arch: str) -> None:
     """Registers and static shared memory, with a launch bound and without."""
-    ptx = native_release / f"{module}.ptx"
+    ptx = device_code(native_release) / f"{module}.ptx"
     command = [nvcc(native_release), "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v", ptx, "-o", tmp_path / "cubin"]
     told = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     expected = {}

@@ -19,20 +19,26 @@ ACTIVATIONS = ["none", "relu", "gelu", "gelu_tanh", "silu"]
 
 
 @functools.cache
-def module(kernel: str, *edits: tuple[str, str]) -> ptx.Module:
-    """kernels/<kernel>.cu after edits: in each the first text, which is there or in one header once, goes."""
-    source = f"{kernel}.cu"
-    texts = {path.name: path.read_text() for path in sorted(SOURCES.glob("*.cuh")) + [SOURCES / source]}
+def text_of(name: str, source: str, *edits: tuple[str, str]) -> str:
+    """The PTX of `source`, as if it were kernels/<name>.cu, after edits: in each the first text, which is there or in
+    one header once, goes."""
+    texts = {path.name: path.read_text() for path in sorted(SOURCES.glob("*.cuh"))} | {f"{name}.cu": source}
     for old, new in edits:
-        (name,) = (name for name, text in texts.items() if old in text)
-        assert texts[name].count(old) == 1, f"{name} has {texts[name].count(old)} times: {old}"
-        texts[name] = texts[name].replace(old, new)
-    folder = oracles.BUILD / kernel / hashlib.sha256("\0".join(texts.values()).encode()).hexdigest()[:20]
+        (place,) = (place for place, text in texts.items() if old in text)
+        assert texts[place].count(old) == 1, f"{place} has {texts[place].count(old)} times: {old}"
+        texts[place] = texts[place].replace(old, new)
+    folder = oracles.BUILD / name / hashlib.sha256("\0".join(texts.values()).encode()).hexdigest()[:20]
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        (folder / name).write_text(text)
+    for place, text in texts.items():
+        (folder / place).write_text(text)
     options = ["--ptx", "-arch=compute_80", "-O3", "-std=c++20", "-lineinfo", "-w"]
-    return ptx.load(oracles.compiled(folder / source, ".ptx", options, sorted(folder.glob("*.cuh"))))
+    return oracles.compiled(folder / f"{name}.cu", ".ptx", options, sorted(folder.glob("*.cuh"))).read_text()
+
+
+@functools.cache
+def module(kernel: str, *edits: tuple[str, str]) -> ptx.Module:
+    """kernels/<kernel>.cu, edited."""
+    return ptx.load(text_of(kernel, (SOURCES / f"{kernel}.cu").read_text(), *edits))
 
 
 class Epilogue(ctypes.Structure):

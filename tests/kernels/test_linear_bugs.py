@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
-import oracles
 import pytest
 import test_linear_kernels as sweep
 import torch
+from emulated import text_of
 
-KERNELS = Path(__file__).parents[2] / "kernels"
 SOURCE = """#include "linear_sm80.cuh"
 extern "C" __global__ void __launch_bounds__(sparse24::tiles::TILE_{tile}.threads())
     linear_f16_{name}(const __grid_constant__ sparse24::LinearArguments arguments) {{
@@ -33,7 +30,6 @@ class Bug:
     kernel: str = "64x64"
     shape: tuple[int, int, int] = (200, 421, 75)  # rows, columns, tokens: a tail in each, seven column blocks
     splits: int | None = None
-    file: str = "linear_sm80.cuh"
 
 
 BUGS = [
@@ -143,14 +139,12 @@ BUGS = [
         "const int64_t row = int64_t{blockIdx.z} * e.tokens + token + 1;",
         "out_of_bounds",
         splits=2,
-        file="epilogue.cuh",
     ),
     Bug(
         "a token beyond the last stored",
         "if (token >= e.tokens || count <= 0) return;",
         "if (count <= 0) return;",
         "out_of_bounds",
-        file="epilogue.cuh",
     ),
     Bug(
         "a feature beyond the last stored",
@@ -158,7 +152,6 @@ BUGS = [
         "    if (i > count) continue;",
         "out_of_bounds|race",
         shape=(199, 421, 75),
-        file="epilogue.cuh",
     ),
     Bug(
         "quads where rows are not aligned",
@@ -166,7 +159,6 @@ BUGS = [
         "return bytes % number_bytes(type) == 0;",
         "misaligned",
         shape=(199, 421, 75),
-        file="epilogue.cuh",
     ),
     Bug(
         "splits overlap",
@@ -199,23 +191,10 @@ BUGS = [
 ]
 
 
-def planted(bug: Bug | None, kernel: str) -> str:
-    """The PTX of one kernel, with that bug."""
-    headers = {path.name: path.read_text() for path in KERNELS.glob("*.cuh")}
-    if bug is not None:
-        count = headers[bug.file].count(bug.old)
-        assert count == 1, f"{bug.file} has {count} times: {bug.old}"
-        headers[bug.file] = headers[bug.file].replace(bug.old, bug.new)
+def planted(kernel: str, *edits: tuple[str, str]) -> str:
+    """The PTX of one kernel with these edits."""
     tile, _, by = kernel.partition("_by")
-    source = SOURCE.format(tile=tile, name=kernel, loader=f"BY_{by or 16}")
-    content = hashlib.sha256("\0".join([source, *map("\0".join, sorted(headers.items()))]).encode()).hexdigest()
-    folder = oracles.BUILD / "planted" / content[:20]
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, header in headers.items():
-        (folder / name).write_text(header)
-    (folder / "linear_f16.cu").write_text(source)
-    options = ["--ptx", "-arch=compute_80", "-O3", "-std=c++20", "-lineinfo", "-w"]
-    return oracles.compiled(folder / "linear_f16.cu", ".ptx", options, sorted(folder.glob("*.cuh"))).read_text()
+    return text_of("linear_f16", SOURCE.format(tile=tile, name=kernel, loader=f"BY_{by or 16}"), *edits)
 
 
 def run(text: str, kernel: str, shape: tuple[int, int, int], splits: int | None) -> bool:
@@ -230,7 +209,7 @@ def run(text: str, kernel: str, shape: tuple[int, int, int], splits: int | None)
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: re.sub(r"\W+", "-", bug.name))
 def test_found(bug: Bug) -> None:
-    text = planted(bug, bug.kernel)
+    text = planted(bug.kernel, (bug.old, bug.new))
     if bug.found == "numbers":
         assert not run(text, bug.kernel, bug.shape, bug.splits)
     else:
@@ -240,7 +219,7 @@ def test_found(bug: Bug) -> None:
 
 @pytest.mark.parametrize("kernel", sorted({bug.kernel for bug in BUGS}))
 def test_without_a_bug_nothing_is_found(kernel: str) -> None:
-    text = planted(None, kernel)
+    text = planted(kernel)
     for bug in BUGS:
         if bug.kernel == kernel:
             assert run(text, kernel, bug.shape, bug.splits)

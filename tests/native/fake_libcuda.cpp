@@ -44,6 +44,7 @@ struct Library {
   std::shared_ptr<sparse24_ptx_module> ptx;
   std::map<std::string, Kernel> kernels;
 };
+std::vector<std::unique_ptr<Library>> libraries;  // loaded, and freed with the process if not before
 
 bool runs_on(const Image& image, int sm) {
   if (image.kind == 'a') return image.sm == sm;
@@ -191,12 +192,12 @@ CUresult cuLibraryLoadData(CUlibrary* out, const void* code, CUjit_option*, void
   const char* text = edited != state.edited_ptx.end() ? edited->second.c_str() : library->module->ptx;
   library->ptx = {sparse24_ptx_load(text, std::strlen(text)), sparse24_ptx_unload};
   if (!library->ptx) return CUDA_ERROR_INVALID_PTX;
-  *out = reinterpret_cast<CUlibrary>(library.release());
+  *out = reinterpret_cast<CUlibrary>(libraries.emplace_back(std::move(library)).get());
   return CUDA_SUCCESS;
 }
 CUresult cuLibraryUnload(CUlibrary library) {
   ENTER();
-  delete reinterpret_cast<Library*>(library);
+  std::erase_if(libraries, [=](const auto& each) { return each.get() == reinterpret_cast<Library*>(library); });
   return CUDA_SUCCESS;
 }
 CUresult cuLibraryGetKernel(CUkernel* out, CUlibrary handle, const char* name) {

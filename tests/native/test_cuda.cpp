@@ -55,6 +55,7 @@ void every_element_pattern_and_tail() {
 
 // With an argument, the name of a PTX file: that runs in the place of what ships.
 int main(int argc, char** argv) {
+  fake();  // with the shipped modules, before anything asks for them
   if (argc == 2) {
     std::ifstream file(argv[1]);
     fake().edited_ptx["decompress"].assign(std::istreambuf_iterator<char>(file), {});

@@ -14,11 +14,6 @@ using cuda::Device;
 using cuda::Launch;
 using cuda::Plan;
 
-namespace sparse24::cuda {  // the device code itself takes no part
-const Module DECOMPRESS_MODULE{}, PACK_MODULE{}, QUANTIZE_MODULE{}, LINEAR_F16_MODULE{}, LINEAR_BF16_MODULE{},
-    LINEAR_S8_MODULE{}, LINEAR_FEW_MODULE{}, LINEAR_REDUCE_MODULE{};
-}  // namespace sparse24::cuda
-
 namespace {
 
 constexpr Device A100{80, 108, 166912}, A40{86, 84, 101376}, H100{90, 132, 232448}, SMALL{87, 1, 166912};
