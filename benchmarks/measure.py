@@ -1,90 +1,186 @@
-"""What the benchmarks share: interleaved timing, the facts about the machine, and results as JSON."""
+"""What all measuring here shares: contenders timed in turns, spreads, the facts about the machine, results as JSON."""
 
 from __future__ import annotations
 
 import json
 import platform
 import random
-import statistics
-import subprocess
+import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info
+from pytest_benchmark.stats import Stats
+from pytest_benchmark.utils import get_commit_info
 
 import sparse24
 from sparse24 import ops
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+SLOW_S = 20.0
 
 
-@dataclass
-class Timing:
-    """Seconds: the median and the 20th and 80th percentile of `runs` runs."""
+# ---- Timing ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Where the middle of some samples lies, and between which values the middle 60 % of them."""
 
     median: float
-    low: float
-    high: float
-    runs: int
+    p20: float
+    p80: float
+    samples: int
+
+    to_dict = asdict
+
+    @classmethod
+    def of(cls, samples: Iterable[float]) -> Spread:
+        values = np.fromiter(samples, float)
+        p20, median, p80 = np.percentile(values, [20, 50, 80])
+        return cls(float(median), float(p20), float(p80), len(values))
 
     def text(self, unit: float = 1e-3) -> str:
-        return f"{self.median / unit:.2f}  [{self.low / unit:.2f}, {self.high / unit:.2f}]"
+        return f"{self.median / unit:.2f}  [{self.p20 / unit:.2f}, {self.p80 / unit:.2f}]"
 
 
-def interleaved(contenders: dict[str, Callable[[], object]], rounds: int, slice_s: float = 0.05) -> dict[str, Timing]:
-    """Times every contender in every round, in an order shuffled anew, so that all meet the same disturbances.
+def turns(
+    calls: Mapping[str, Callable[[], object]],
+    rounds: Iterable[object],
+    length: int | Mapping[str, int],
+    clock: Callable[[], float] = time.perf_counter,
+    pauses: Mapping[str, float] | None = None,
+) -> dict[str, list[Stats]]:
+    """Seconds of each call: pytest-benchmark's Stats of each of its turns.
 
-    In a round a contender runs once, or as often as fits into slice_s seconds.
+    In every round each callable has one turn of `length` calls in a row, in an order shuffled anew, so that whatever
+    else the machine does hits all alike. The first call of a turn, which finds the caches as others left them, is left
+    out unless it is the only one. Turns of one round belong together: ratios are taken round by round.
+    pauses: seconds of rest before each turn of a call that brings threads of its own, so that those of OpenMP, which
+    spin for some 10 ms after their last loop, leave it the cores.
     """
-    once = {}
-    for name, run in contenders.items():
-        run()
-        begin = time.perf_counter()
-        run()
-        once[name] = time.perf_counter() - begin
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    order = list(contenders)
+    lengths = length if isinstance(length, Mapping) else dict.fromkeys(calls, length)
+    result: dict[str, list[Stats]] = {name: [] for name in calls}
+    order = list(calls)
     shuffle = random.Random(0).shuffle
-    for _ in range(rounds):
+    for _ in rounds:
         shuffle(order)
         for name in order:
-            for _ in range(max(1, int(slice_s / once[name]))):
-                begin = time.perf_counter()
-                contenders[name]()
-                seconds[name].append(time.perf_counter() - begin)
-    result = {}
-    for name, runs in seconds.items():
-        quintiles = statistics.quantiles(runs, n=5, method="inclusive")
-        result[name] = Timing(statistics.median(runs), quintiles[0], quintiles[3], len(runs))
+            call, stats = calls[name], Stats()
+            if pauses and name in pauses:
+                time.sleep(pauses[name])
+            if lengths[name] > 1:
+                call()
+            for _ in range(max(1, lengths[name] - 1)):
+                start = clock()
+                call()
+                stats.update(clock() - start)
+            result[name].append(stats)
     return result
+
+
+def medians(turns: Mapping[str, list[Stats]]) -> dict[str, list[float]]:
+    """One number a turn."""
+    return {name: [float(turn.median) for turn in mine] for name, mine in turns.items()}
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int, slice_s: float = 0.05) -> dict[str, Spread]:
+    """The spread of all runs of each call, in turns of slice_s seconds, or of one call where that is longer."""
+    lengths = {name: max(1, int(slice_s / once)) for name, once in _once(calls).items()}
+    timed = turns(calls, range(rounds), lengths)
+    return {name: Spread.of(second for turn in mine for second in turn.data) for name, mine in timed.items()}
+
+
+def within(
+    calls: Mapping[str, Callable[[], object]],
+    budget_s: float,
+    rounds: int = 7,
+    least_rounds: int = 3,
+    pauses: Mapping[str, float] | None = None,
+) -> dict[str, list[float]]:
+    """The median second of each turn, of as many rounds and as long turns as fit into about budget_s seconds.
+
+    Fast calls get `rounds` rounds with many calls in a turn. Slow ones get least_rounds of one call each, of which the
+    first is the one by which they were found to be slow; a round of more than SLOW_S seconds is the only one.
+    """
+    once = _once(calls, pauses)
+    round_s = sum(once.values())
+    if round_s * least_rounds > budget_s:
+        more = range(0 if round_s > SLOW_S else least_rounds - 1)
+        timed = medians(turns(calls, more, 1, pauses=pauses))
+        return {name: [once[name], *timed[name]] for name in calls}
+    rounds = min(rounds, int(budget_s / round_s))
+    slice_s = budget_s / rounds / len(calls)
+    lengths = {name: max(1, int(slice_s / one)) for name, one in once.items()}
+    return medians(turns(calls, range(rounds), lengths, pauses=pauses))
+
+
+def _once(calls: Mapping[str, Callable[[], object]], pauses: Mapping[str, float] | None = None) -> dict[str, float]:
+    """What a call takes. The first call may set things up, so only a long one counts as it is."""
+    seconds = {}
+    for name, call in calls.items():
+        time.sleep(pauses.get(name, 0) if pauses else 0)
+        for _ in range(2):
+            start = time.perf_counter()
+            call()
+            seconds[name] = time.perf_counter() - start
+            if seconds[name] > 0.1:
+                break
+    return seconds
+
+
+def ratio(slow: list[float], fast: list[float]) -> Spread:
+    """How many times faster the second is: the spread of the ratios within each round."""
+    return Spread.of(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def milliseconds(spread: Iterable[float]) -> str:
+    """A median with its 20th and 80th percentile, in seconds, as text."""
+    median, low, high = (1e3 * second for second in spread)
+    return f"{median:.3g} [{low:.3g}, {high:.3g}]"
+
+
+# ---- The machine -----------------------------------------------------------------------------------------------------
+
+
+def cpu() -> str:
+    """The processor's name, with family and model number where they are known: some names are shared by many."""
+    info = pytest_benchmark_generate_machine_info()["cpu"]
+    name = info.get("brand_raw") or platform.processor() or platform.machine()
+    return f"{name} (family {info['family']}, model {info['model']})" if "family" in info else name
+
+
+def commit() -> str:
+    info = get_commit_info()
+    return info["id"][:7] + ("-dirty" if info["dirty"] else "")
 
 
 def machine() -> dict[str, Any]:
     """What a reader needs to know about where the numbers come from."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    model = [
-        line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith(("cpu family", "model\t"))
-    ]
+    info = pytest_benchmark_generate_machine_info()
     return {
-        "cpu": names[0] if names else platform.processor(),
-        "cpu family, model": ", ".join(model[:2]),
-        "cpus": len(names),
+        "cpu": info["cpu"].get("brand_raw") or info["machine"],
+        "cpu family, model": f"{info['cpu'].get('family')}, {info['cpu'].get('model')}",
+        "cpus": info["cpu"].get("count"),
         "isa": ops.cpu_isa(),
         "torch": torch.__version__,
-        "python": platform.python_version(),
+        "python": info["python_version"],
         "sparse24": sparse24.__version__,
-        "commit": git("rev-parse", "--short", "HEAD") + (" and changes" if git("status", "--porcelain") else ""),
+        "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def stem(text: str) -> str:
+    """As a part of a file's name: lower case, words joined by "-"."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def save(name: str, content: dict[str, Any]) -> Path:
@@ -93,7 +189,3 @@ def save(name: str, content: dict[str, Any]) -> Path:
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps({"machine": machine()} | content, indent=1) + "\n")
     return path
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []

@@ -9,7 +9,7 @@ Goals: 3 us an operator, 6 us a module, under inference_mode and no_grad alike.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from rich.console import Console
@@ -64,7 +64,7 @@ def main() -> None:
         timings = measure.interleaved({" ".join(key): run for key, run in runs.items()}, ROUNDS, slice_s=0)
         for mode, name in runs:
             timing = timings[f"{mode} {name}"]
-            timing.median, timing.low, timing.high = (t / CALLS for t in (timing.median, timing.low, timing.high))
+            timing = replace(timing, **{name: getattr(timing, name) / CALLS for name in ("median", "p20", "p80")})
             goal = GOALS.get(name)
             verdict = "" if goal is None else f"{goal * 1e6:.0f} {'met' if timing.median <= goal else 'missed'}"
             table.add_row(weight, mode, name, timing.text(1e-6), verdict)

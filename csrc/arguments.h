@@ -130,11 +130,10 @@ inline Tensor dense_rows(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-// A contiguous tensor on the device of `like`: torch::stable::empty without the microsecond of a trip through the
+// torch::stable::empty and empty_strided on the device of `like`, without the microsecond of a trip through the
 // dispatcher.
-inline Tensor empty_like_device(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
-  std::vector<int64_t> strides(shape.size(), 1);
-  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+inline Tensor empty_strided_like_device(const Tensor& like, const std::vector<int64_t>& shape,
+                                        const std::vector<int64_t>& strides, ScalarType type) {
   int32_t device_type;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
@@ -143,6 +142,11 @@ inline Tensor empty_like_device(const Tensor& like, const std::vector<int64_t>& 
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
                                device_type == aoti_torch_device_type_cpu() ? 0 : like.get_device_index(), &handle));
   return Tensor(handle);
+}
+inline Tensor empty_like_device(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  return empty_strided_like_device(like, shape, strides, type);
 }
 
 }  // namespace sparse24

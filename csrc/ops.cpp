@@ -9,11 +9,12 @@
 #include <cstring>
 
 #include "csrc/arguments.h"
+#include "csrc/cpu/conv.h"
 #include "csrc/cpu/format.h"
 #include "csrc/cpu/isa.h"
 #include "csrc/cpu/linear.h"
 #include "csrc/cpu/parallel.h"
-#include "csrc/linear_operands.h"
+#include "csrc/operands.h"
 #include "csrc/ops_device.h"
 #include "kernels/packed.cuh"
 
@@ -29,13 +30,22 @@ STABLE_TORCH_LIBRARY(sparse24, m) {
   // The same twice: an op with a registered autograd formula costs microseconds more a call (sparse24/ops.py chooses).
   m.def(
       "linear(Tensor x, Tensor packed, Tensor? bias, Tensor? scales, SymInt out_features, SymInt in_features, "
-      "str dtype, str activation) -> Tensor");
+      "str dtype, str activation, bool weight_only=False) -> Tensor");
   m.def(
       "linear_inference(Tensor x, Tensor packed, Tensor? bias, Tensor? scales, SymInt out_features, "
-      "SymInt in_features, str dtype, str activation) -> Tensor");
+      "SymInt in_features, str dtype, str activation, bool weight_only=False) -> Tensor");
   m.def(
       "linear_fused(Tensor x, Tensor packed, Tensor? bias, Tensor? scales, Tensor? x_scales, Tensor? residual, "
-      "Tensor? y_scale, SymInt out_features, SymInt in_features, str dtype, str activation, str out_dtype) -> Tensor");
+      "Tensor? y_scale, SymInt out_features, SymInt in_features, str dtype, str activation, bool weight_only, "
+      "str out_dtype) -> Tensor");
+  m.def("conv2d_pack(Tensor values, Tensor meta, SymInt in_channels, int groups) -> Tensor");
+  m.def(
+      "conv2d_unpack(Tensor packed, SymInt out_channels, SymInt in_channels, int[] kernel_size, int groups, "
+      "str dtype) -> (Tensor values, Tensor meta)");
+  m.def(
+      "conv2d(Tensor x, Tensor packed, Tensor? bias, Tensor? scales, Tensor? x_scales, Tensor? residual, "
+      "Tensor? y_scale, SymInt out_channels, SymInt in_channels, int[] kernel_size, int[] stride, int[] padding, "
+      "int[] dilation, int groups, str dtype, str activation, bool weight_only, str out_dtype) -> Tensor");
   m.def("cpu_isa() -> str");
   m.def("force_cpu_isa(str isa) -> ()");
   m.def("device_archs() -> str");
@@ -226,96 +236,173 @@ int64_t packed_bytes(int64_t out_features, int64_t in_features, std::string dtyp
   return packed::bytes(element_bits(device_element(element)), out_features, in_features);
 }
 
-Tensor pack(const Tensor& values, const Tensor& meta, int64_t in_features) {
-  const Element element = values_element(values);
-  const int64_t rows = check_compressed(values, meta, in_features, element, Pattern::TWO_FOUR);
-  const Tensor canonical_values = dense_rows(values), canonical_meta = dense_rows(meta);
-  const int64_t bytes = cpu::packed_bytes(element, rows, in_features);
-  Tensor packed = empty_like_device(values, {bytes}, ScalarType::Byte);
-  advise_huge_pages(packed.mutable_data_ptr(), bytes);  // at one token W streams from memory: a fifth more bandwidth
-  cpu::pack(canonical_values.const_data_ptr(), static_cast<const uint8_t*>(canonical_meta.const_data_ptr()), element,
-            rows, in_features, static_cast<uint8_t*>(packed.mutable_data_ptr()));
+// Memory for a packed weight, which streams from there at one token: huge pages give a fifth more bandwidth.
+Tensor empty_packed(const Tensor& like, int64_t bytes) {
+  Tensor packed = empty_like_device(like, {bytes}, ScalarType::Byte);
+  advise_huge_pages(packed.mutable_data_ptr(), bytes);
   return packed;
 }
 
+uint8_t* bytes_of(const Tensor& tensor) { return static_cast<uint8_t*>(tensor.mutable_data_ptr()); }
+const uint8_t* const_bytes_of(const Tensor& tensor) { return static_cast<const uint8_t*>(tensor.const_data_ptr()); }
+
+Tensor pack(const Tensor& values, const Tensor& meta, int64_t in_features) {
+  const Element element = values_element(values);
+  const int64_t rows = check_compressed(values, meta, in_features, element, cpu::pattern_of(element));
+  const Tensor canonical_values = dense_rows(values), canonical_meta = dense_rows(meta);
+  const Tensor packed = empty_packed(values, cpu::packed_bytes(element, rows, in_features));
+  cpu::pack(const_bytes_of(canonical_values), const_bytes_of(canonical_meta), element, rows, in_features,
+            bytes_of(packed));
+  return packed;
+}
+
+constexpr int ALIGNMENT = 64;  // of packed
+
 const uint8_t* check_packed(const Tensor& packed, const std::string& dtype, int64_t out_features, int64_t in_features) {
-  constexpr int ALIGNMENT = 64;
   return packed_data(packed, packed_bytes(out_features, in_features, dtype, "cpu"), ALIGNMENT, dtype, out_features,
                      in_features);
 }
 
 std::tuple<Tensor, Tensor> unpack(const Tensor& packed, int64_t out_features, int64_t in_features, std::string dtype) {
   const Element element = linear_element(dtype);
+  const Pattern pattern = cpu::pattern_of(element);
   const uint8_t* data = check_packed(packed, dtype, out_features, in_features);
-  const int64_t groups = group_count(Pattern::TWO_FOUR, in_features);
-  Tensor values = empty_like_device(packed, {out_features, 2 * groups}, storage_of(element));
-  Tensor meta =
-      empty_like_device(packed, {out_features, meta_row_bytes(Pattern::TWO_FOUR, in_features)}, ScalarType::Byte);
-  cpu::unpack(data, element, out_features, in_features, values.mutable_data_ptr(),
-              static_cast<uint8_t*>(meta.mutable_data_ptr()));
+  const ScalarType type = storage_of(element);
+  const int64_t columns =
+      values_row_bytes(pattern, element, in_features) * 8 / (element == Element::I4 ? 8 : element_bits(element));
+  Tensor values = empty_like_device(packed, {out_features, columns}, type);
+  Tensor meta = empty_like_device(packed, {out_features, meta_row_bytes(pattern, in_features)}, ScalarType::Byte);
+  cpu::unpack(data, element, out_features, in_features, bytes_of(values), bytes_of(meta));
   return {values, meta};
 }
 
-// On the CPU's own kernels, which know bias, scales and an activation.
 Tensor multiply(const LinearOperands& in, const uint8_t* packed) {
   const Tensor y = empty_like_device(in.x, in.y_shape, in.y_type);
-  cpu::Linear call{};
-  call.x = in.x.const_data_ptr();
-  call.x_stride = in.x_stride;
-  call.x_element = element_of("x", in.x.scalar_type());
-  call.packed = packed;
-  call.weight_element = in.element;
-  if (in.scales) call.scales = static_cast<const float*>(in.scales->const_data_ptr());
-  if (in.bias) call.bias = in.bias->const_data_ptr(), call.bias_element = element_of("bias", in.bias->scalar_type());
-  call.activation = in.activation;
-  call.y = y.mutable_data_ptr();
-  call.y_stride = in.out_features;
-  call.tokens = in.tokens;
-  call.out_features = in.out_features;
-  call.in_features = in.in_features;
-  cpu::linear(call);
+  cpu::linear({in.x.const_data_ptr(), in.x_stride, element_of("x", in.x_type), packed, in.element, in.weight_only,
+               in.in_features, in.epilogue(y)});
   return y;
 }
 
-Tensor linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> bias, std::optional<Tensor> scales,
-              int64_t out_features, int64_t in_features, std::string dtype, std::string activation) {
-  LinearOperands in(x, std::move(bias), std::move(scales), out_features, in_features, dtype, activation);
-  const uint8_t* const data = check_packed(packed, dtype, out_features, in_features);
+Tensor linear_on(LinearOperands in, const Tensor& packed, const std::string& dtype) {
+  const uint8_t* const data = check_packed(packed, dtype, in.out_features, in.in_features);
   if constexpr (HAS_DEVICE_CODE) {
     if (const Emulation* emulation = current_emulation()) return emulated_linear(*emulation, std::move(in), data);
   }
   return multiply(in, data);
+}
+
+Tensor linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> bias, std::optional<Tensor> scales,
+              int64_t out_features, int64_t in_features, std::string dtype, std::string activation, bool weight_only) {
+  return linear_on({x, std::move(bias), std::move(scales), out_features, in_features, dtype, activation, weight_only},
+                   packed, dtype);
 }
 
 Tensor linear_fused(const Tensor& x, const Tensor& packed, std::optional<Tensor> bias, std::optional<Tensor> scales,
                     std::optional<Tensor> x_scales, std::optional<Tensor> residual, std::optional<Tensor> y_scale,
                     int64_t out_features, int64_t in_features, std::string dtype, std::string activation,
-                    std::string out_dtype) {
+                    bool weight_only, std::string out_dtype) {
   FusedOperands fused{std::move(x_scales), std::move(residual), std::move(y_scale), std::move(out_dtype)};
-  LinearOperands in(x, std::move(bias), std::move(scales), out_features, in_features, dtype, activation, &fused);
-  const uint8_t* const data = check_packed(packed, dtype, out_features, in_features);
-  if constexpr (HAS_DEVICE_CODE) {
-    if (const Emulation* emulation = current_emulation()) return emulated_linear(*emulation, std::move(in), data);
-  }
-  REQUIRE(x.scalar_type() != ScalarType::Char, "x must be of a float dtype: the CPU kernels have no int8 x; got int8");
-  REQUIRE(!in.residual, "residual must be none: the CPU kernels have no residual; got one");
-  REQUIRE(in.y_type == x.scalar_type(), "out_dtype must be the dtype of x, ", name_of(x.scalar_type()),
-          ": the CPU kernels have no other; got ", name_of(in.y_type));
-  return multiply(in, data);
+  return linear_on(
+      {x, std::move(bias), std::move(scales), out_features, in_features, dtype, activation, weight_only, &fused},
+      packed, dtype);
+}
+
+// ---- Convolution ----
+
+cpu::ConvWeight conv_weight(Element element, int64_t out_channels, int64_t in_channels,
+                            const std::vector<int64_t>& kernel_size, int64_t groups) {
+  return {element, out_channels, in_channels / groups, kernel_size[0], kernel_size[1], groups};
+}
+
+// The shapes of the canonical values and meta of a conv weight.
+std::pair<std::vector<int64_t>, std::vector<int64_t>> conv_shapes(const cpu::ConvWeight& weight) {
+  const Pattern pattern = cpu::pattern_of(weight.element);
+  const int64_t slots = values_row_bytes(pattern, weight.element, weight.group_channels) * 8 /
+                        (weight.element == Element::I4 ? 8 : element_bits(weight.element));
+  const int64_t o = weight.out_channels, r = weight.kernel_height, s = weight.kernel_width;
+  return {{o, r, s, slots}, {o, r, s, meta_row_bytes(pattern, weight.group_channels)}};
+}
+
+Tensor conv2d_pack(const Tensor& values, const Tensor& meta, int64_t in_channels, int64_t groups) {
+  const Element element = values_element(values);
+  REQUIRE(values.dim() == 4, "values must be [O, R, S, slots]; got ", shape_of(values));
+  const std::vector<int64_t> kernel_size{values.size(1), values.size(2)};
+  ConvGeometry{values.size(0), in_channels, kernel_size, {1, 1}, {0, 0}, {1, 1}, groups}.check();
+  const cpu::ConvWeight weight = conv_weight(element, values.size(0), in_channels, kernel_size, groups);
+  const auto [values_shape, meta_shape] = conv_shapes(weight);
+  REQUIRE(shape_of(values) == shape_of(values_shape), "values must be ", shape_of(values_shape),
+          " for in_channels = ", in_channels, " and groups = ", groups, "; got ", shape_of(values));
+  REQUIRE(meta.scalar_type() == ScalarType::Byte && shape_of(meta) == shape_of(meta_shape), "meta must be uint8 ",
+          shape_of(meta_shape), " to match values ", shape_of(values), "; got ", name_of(meta.scalar_type()), " ",
+          shape_of(meta));
+  const Tensor canonical_values = dense_rows(values), canonical_meta = dense_rows(meta);
+  const Tensor packed = empty_packed(values, weight.packed_bytes());
+  cpu::pack(weight, const_bytes_of(canonical_values), const_bytes_of(canonical_meta), bytes_of(packed));
+  return packed;
+}
+
+std::tuple<Tensor, Tensor> conv2d_unpack(const Tensor& packed, int64_t out_channels, int64_t in_channels,
+                                         std::vector<int64_t> kernel_size, int64_t groups, std::string dtype) {
+  ConvGeometry{out_channels, in_channels, kernel_size, {1, 1}, {0, 0}, {1, 1}, groups}.check();
+  const cpu::ConvWeight weight = conv_weight(linear_element(dtype), out_channels, in_channels, kernel_size, groups);
+  const uint8_t* data =
+      packed_data(packed, weight.packed_bytes(), ALIGNMENT, dtype, out_channels, weight.in_features());
+  const auto [values_shape, meta_shape] = conv_shapes(weight);
+  Tensor values = empty_like_device(packed, values_shape, storage_of(weight.element));
+  Tensor meta = empty_like_device(packed, meta_shape, ScalarType::Byte);
+  cpu::unpack(weight, data, bytes_of(values), bytes_of(meta));
+  return {values, meta};
+}
+
+Tensor conv2d(const Tensor& x, const Tensor& packed, std::optional<Tensor> bias, std::optional<Tensor> scales,
+              std::optional<Tensor> x_scales, std::optional<Tensor> residual, std::optional<Tensor> y_scale,
+              int64_t out_channels, int64_t in_channels, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
+              std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, std::string dtype,
+              std::string activation, bool weight_only, std::string out_dtype) {
+  const ConvGeometry geometry{out_channels, in_channels, kernel_size, stride, padding, dilation, groups};
+  FusedOperands fused{std::move(x_scales), std::move(residual), std::move(y_scale), std::move(out_dtype)};
+  const ConvOperands in(x, std::move(bias), std::move(scales), geometry, dtype, activation, weight_only, fused);
+  const cpu::ConvWeight weight = conv_weight(in.element, out_channels, in_channels, kernel_size, groups);
+  const std::vector<int64_t>& shape = in.y_shape;
+  const std::vector<int64_t> last{shape[1] * shape[2] * shape[3], 1, shape[1] * shape[3], shape[1]};
+  const Tensor y = in.channels_last ? empty_strided_like_device(in.x, shape, last, in.y_type)
+                                    : empty_like_device(in.x, shape, in.y_type);
+  const bool unit_channels = in.x.size(1) <= 1 || in.x.stride(1) == 1;
+  cpu::conv2d(
+      {.weight = weight,
+       .packed = packed_data(packed, weight.packed_bytes(), ALIGNMENT, dtype, out_channels, weight.in_features()),
+       .weight_only = weight_only,
+       .x = in.x.const_data_ptr(),
+       .x_element = element_of("x", in.x_type),
+       .image_stride = in.x.stride(0),
+       .row_stride = in.x.stride(2),
+       .column_stride = in.x.stride(3),
+       .channel_stride = unit_channels ? 1 : in.x.stride(1),
+       .images = shape[0],
+       .height = in.x.size(2),
+       .width = in.x.size(3),
+       .stride_height = stride[0],
+       .stride_width = stride[1],
+       .padding_height = padding[0],
+       .padding_width = padding[1],
+       .dilation_height = dilation[0],
+       .dilation_width = dilation[1],
+       .out_height = shape[2],
+       .out_width = shape[3],
+       .y_planes = !in.channels_last,
+       .epilogue = in.epilogue(y)});
+  return y;
 }
 
 // ---- Instruction sets ----
 
-constexpr const char* ISA_NAMES[] = {"portable", "avx2", "avx512", "avx512_bf16"};  // in the order of Isa
-
-std::string cpu_isa() { return ISA_NAMES[static_cast<int>(cpu::active_isa())]; }
+std::string cpu_isa() { return cpu::name_of(cpu::active_isa()); }
 
 void force_cpu_isa(std::string isa) {
   for (int i = 0; i <= static_cast<int>(cpu::best_isa()); ++i) {
-    if (isa == ISA_NAMES[i]) return cpu::force_isa(static_cast<cpu::Isa>(i));
+    if (isa == cpu::name_of(static_cast<cpu::Isa>(i))) return cpu::force_isa(static_cast<cpu::Isa>(i));
   }
-  refuse("isa must be one that this machine runs, portable up to ", ISA_NAMES[static_cast<int>(cpu::best_isa())],
-         "; got '", isa, "'");
+  refuse("isa must be one that this machine runs, portable up to ", cpu::name_of(cpu::best_isa()), "; got '", isa, "'");
 }
 
 // ---- The device ----
@@ -356,6 +443,9 @@ STABLE_TORCH_LIBRARY_IMPL(sparse24, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_inference", TORCH_BOX(&linear));
   m.impl("linear_fused", TORCH_BOX(&linear_fused));
+  m.impl("conv2d_pack", TORCH_BOX(&conv2d_pack));
+  m.impl("conv2d_unpack", TORCH_BOX(&conv2d_unpack));
+  m.impl("conv2d", TORCH_BOX(&conv2d));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparse24, CompositeExplicitAutograd, m) {

@@ -49,25 +49,6 @@ Tensor decompress_on(const Machine& machine, const Tensor& values_in, const Tens
   return dense;
 }
 
-Number number_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return Number::F32;
-    case ScalarType::Half:
-      return Number::F16;
-    case ScalarType::BFloat16:
-      return Number::BF16;
-    case ScalarType::Char:
-      return Number::I8;
-    default:
-      return Number::I32;
-  }
-}
-
-const float* floats_of(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<const float*>(tensor->const_data_ptr()) : nullptr;
-}
-
 // Of x as int8: so many that every row may be copied 16 bytes at a time.
 int64_t padded_columns(int64_t in_features) { return (in_features + 15) / 16 * 16; }
 
@@ -107,6 +88,7 @@ cuda::Plan plan_as_asked(const cuda::Linear& call, const cuda::Device& device, c
 
 Tensor linear_on(const Machine& machine, LinearOperands in, const Tensor& packed, const Asked& asked) {
   const bool int8 = in.element == Element::I8;
+  REQUIRE(!in.weight_only, "weight_only must be false on a GPU: its kernels round x to int8 too; got true");
   REQUIRE(int8 || in.x.scalar_type() == storage_of(in.element), "x must be ", name_of(storage_of(in.element)),
           ", the dtype of the weight, on a GPU; got ", name_of(in.x.scalar_type()));
   REQUIRE(in.tokens < int64_t{1} << 31, "x must have fewer than 2^31 rows on a GPU; got ", in.tokens);
@@ -126,23 +108,7 @@ Tensor linear_on(const Machine& machine, LinearOperands in, const Tensor& packed
   call.x_stride = in.x_stride;
   call.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
   call.in_features = in.in_features;
-  Epilogue& epilogue = call.epilogue;
-  epilogue.y = y.mutable_data_ptr();
-  epilogue.y_stride = in.out_features;
-  epilogue.y_type = number_of(in.y_type);
-  if (in.bias) epilogue.bias = in.bias->const_data_ptr(), epilogue.bias_type = number_of(in.bias->scalar_type());
-  if (in.residual) {
-    epilogue.residual = in.residual->const_data_ptr();
-    epilogue.residual_stride = in.residual_stride;
-    epilogue.residual_type = number_of(in.residual->scalar_type());
-  }
-  epilogue.scales = floats_of(in.scales);
-  epilogue.x_scales = floats_of(in.x_scales);
-  epilogue.x_scale_step = in.x_scales && in.x_scales->numel() > 1 ? 1 : 0;
-  epilogue.y_scale = floats_of(in.y_scale);
-  epilogue.activation = in.activation;
-  epilogue.out_features = static_cast<int32_t>(in.out_features);
-  epilogue.tokens = static_cast<int32_t>(in.tokens);
+  call.epilogue = in.epilogue(y);
 
   const cuda::Plan plan = plan_as_asked(call, machine.device(), asked);
   const Tensor workspace = empty_like_device(in.x, {plan.workspace_bytes}, ScalarType::Byte);
@@ -249,18 +215,20 @@ Tensor linear_on_cuda(LinearOperands in, const Tensor& packed, const std::string
 }
 
 Tensor linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> bias, std::optional<Tensor> scales,
-              int64_t out_features, int64_t in_features, std::string dtype, std::string activation) {
-  return linear_on_cuda({x, std::move(bias), std::move(scales), out_features, in_features, dtype, activation}, packed,
-                        dtype);
+              int64_t out_features, int64_t in_features, std::string dtype, std::string activation, bool weight_only) {
+  return linear_on_cuda(
+      {x, std::move(bias), std::move(scales), out_features, in_features, dtype, activation, weight_only}, packed,
+      dtype);
 }
 
 Tensor linear_fused(const Tensor& x, const Tensor& packed, std::optional<Tensor> bias, std::optional<Tensor> scales,
                     std::optional<Tensor> x_scales, std::optional<Tensor> residual, std::optional<Tensor> y_scale,
                     int64_t out_features, int64_t in_features, std::string dtype, std::string activation,
-                    std::string out_dtype) {
+                    bool weight_only, std::string out_dtype) {
   FusedOperands fused{std::move(x_scales), std::move(residual), std::move(y_scale), std::move(out_dtype)};
-  return linear_on_cuda({x, std::move(bias), std::move(scales), out_features, in_features, dtype, activation, &fused},
-                        packed, dtype);
+  return linear_on_cuda(
+      {x, std::move(bias), std::move(scales), out_features, in_features, dtype, activation, weight_only, &fused},
+      packed, dtype);
 }
 
 void force_linear_kernel(std::string kernel, int64_t splits) {

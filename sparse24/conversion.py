@@ -1,14 +1,17 @@
-"""convert(model): dense layers with a sparse weight become SparseLinear, packed; all parametrisations of ours go."""
+"""convert(model): dense layers with a sparse weight become sparse ones, packed; all parametrisations of ours go."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
+from sparse24.conv import SparseConv2d
 from sparse24.nn import SparseLinear
 from sparse24.pruning import Mask
-from sparse24.quantization import is_fake_quantized, remove_input_hook
-from sparse24.reporting import Outcome, Report, linear_layers, ours_alone, own_parametrizations, parametrizations
+from sparse24.quantization import FakeQuantize, fake_quantization, remove_input_hook
+from sparse24.reporting import Outcome, Report, ours_alone, own_parametrizations, parametrizations, product_layers
+from sparse24.sparse_module import SparseModule
 
 _HOOKS = (
     "_forward_hooks",
@@ -22,58 +25,74 @@ _HOOKS = (
 
 
 def convert(model: nn.Module) -> Report[Outcome]:
-    """Swap each nn.Linear whose weight is 2:4 for a packed SparseLinear, in place, and remove what the flow added.
+    """Swap each nn.Linear and nn.Conv2d whose weight is 2:4 for a packed sparse layer, in place, and remove what the
+    flow added.
 
     A layer that prune masked keeps that mask's pattern; any other weight is tried as 2:4. Fake-quantised layers become
-    int8 layers with the very integers the fake quantisation used. Hooks of others move to the new layer. Layers that
+    integer layers with the very integers the fake quantisation used. Hooks of others move to the new layer. Layers that
     nothing sparse can run where they are (float32 on CUDA) hold the compressed weight and run dense (report() says so),
     until they move to a device or a dtype where they pack.
     Returns one row per layer: "converted", or "skipped" with the reason; a skipped layer keeps its (masked) weight.
     """
     rows = []
     replacements: dict[int, nn.Module] = {}
-    for found in linear_layers(model):
+    for found in product_layers(model):
         layer, reason = found.module, found.reason
-        if isinstance(layer, nn.Linear):
-            pattern, int8 = _bake(layer)
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            pattern, rounding = _bake(layer)
             if layer is model:
-                reason = "the model itself cannot be swapped in place: use SparseLinear.from_dense"
+                reason = f"the model itself cannot be swapped in place: use {_sparse_class(layer).__name__}.from_dense"
             if not reason:
                 try:
-                    sparse = SparseLinear.from_dense(layer, pattern=pattern)
-                    replacements[id(layer)] = layer = (sparse.quantize() if int8 else sparse).pack()
+                    replacements[id(layer)] = layer = _sparse_layer(layer, pattern, rounding)
                 except RuntimeError as error:
                     reason = str(error)
-        elif isinstance(layer, SparseLinear) and layer.packed is None:
+        elif isinstance(layer, SparseModule) and layer.packed is None:
             layer.pack()
             reason = ""
-        dtype = f" {layer.weight_dtype}".replace("torch.", "") if isinstance(layer, SparseLinear) else ""
-        detail = reason or f"{layer.pattern}{dtype}"
+        detail = reason
+        if not reason and isinstance(layer, SparseModule):
+            detail = f"{layer.pattern} {layer.weight_dtype}".replace("torch.", "")
+            detail += ", weights only" if layer.weight_only else ""
+            detail += f", axis={layer.axis}" if isinstance(layer, SparseConv2d) else ""
         rows.append(Outcome(found.name, found.shape, "skipped" if reason else "converted", detail))
     replace_modules(model, replacements)
     return Report("convert", rows)
 
 
-def _bake(linear: nn.Linear) -> tuple[str, bool]:
-    """Turn a weight that is parametrised by us alone into a plain one, masked; its pattern, and whether it is int8.
+def _sparse_class(layer: nn.Module) -> type[SparseLinear] | type[SparseConv2d]:
+    return SparseConv2d if isinstance(layer, nn.Conv2d) else SparseLinear
+
+
+def _sparse_layer(layer: nn.Linear | nn.Conv2d, pattern: str, rounding: FakeQuantize | None) -> SparseModule:
+    options: dict[str, Any] = {"pattern": pattern}
+    if rounding is not None:
+        options |= {"weight_dtype": rounding.dtype, "weight_only": rounding.weight_only}
+    if isinstance(layer, nn.Conv2d):
+        return SparseConv2d.from_dense(layer, **options).pack()
+    return SparseLinear.from_dense(layer, **options).pack()
+
+
+def _bake(layer: nn.Linear | nn.Conv2d) -> tuple[str, FakeQuantize | None]:
+    """Turn a weight that is parametrised by us alone into a plain one, masked; its pattern, and how it was rounded.
 
     Not by parametrize.remove_parametrizations: that takes the property `weight` off the class, which a deep copy of the
     layer (a teacher, say) still shares, and writes into the parameter, which another layer may share.
     """
-    rules = own_parametrizations(linear)
+    rules = own_parametrizations(layer)
     pattern = next((rule.pattern for rule in rules if isinstance(rule, Mask)), "2:4")
-    int8 = is_fake_quantized(linear)
-    stack = parametrizations(linear)
-    if isinstance(stack, parametrize.ParametrizationList) and ours_alone(linear):
-        remove_input_hook(linear)
+    rounding = fake_quantization(layer)
+    stack = parametrizations(layer)
+    if isinstance(stack, parametrize.ParametrizationList) and ours_alone(layer):
+        remove_input_hook(layer)
         weight = stack.original
         for rule in rules:
-            if isinstance(rule, Mask):  # int8 is rounded from the masked weight, as it was in training
+            if isinstance(rule, Mask):  # integers are rounded from the masked weight, as they were in training
                 weight = rule(weight)
-        linear.__class__ = type(linear).__bases__[0]
-        del linear._modules["parametrizations"]
-        linear.weight = nn.Parameter(weight.detach(), requires_grad=stack.original.requires_grad)
-    return pattern, int8
+        layer.__class__ = type(layer).__bases__[0]
+        del layer._modules["parametrizations"]
+        layer.weight = nn.Parameter(weight.detach(), requires_grad=stack.original.requires_grad)
+    return pattern, rounding
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:

@@ -2,8 +2,8 @@
 
 The file is the state_dict() of the model plus one entry of metadata, "sparse24": a JSON object with
     format_version  1
-    layers          of each SparseLinear, by name: in_features, out_features, bias, pattern, activation, dtype and
-                    weight_dtype (dtypes by name, such as "float16")
+    layers          of each sparse layer, by name: kind ("linear" or "conv2d"), its sizes and options as the arguments
+                    of SparseLinear and SparseConv2d, bias as true or false, dtypes by name, such as "float16"
     aliases         of each entry that is the same tensor as another one: the name under which that is stored
 """
 
@@ -17,11 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse24.conv import SparseConv2d
 from sparse24.conversion import replace_modules
 from sparse24.nn import SparseLinear
+from sparse24.sparse_module import SparseModule
 
 FORMAT_VERSION = 1
-_FIELDS = ("in_features", "out_features", "bias", "pattern", "activation", "dtype", "weight_dtype")
+_OPTIONS = ("pattern", "activation", "dtype", "weight_dtype", "weight_only")
+_SIZES = {
+    "linear": ("in_features", "out_features"),
+    "conv2d": (
+        *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
+        "axis",
+    ),
+}
+_CLASSES: dict[str, tuple[type[nn.Module], type[SparseModule]]] = {
+    "linear": (nn.Linear, SparseLinear),
+    "conv2d": (nn.Conv2d, SparseConv2d),
+}
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -30,12 +43,13 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises RuntimeError where the state holds anything but tensors with data; ImportError without safetensors.
     """
     safetensors = _safetensors()
-    if isinstance(model, SparseLinear):
-        raise RuntimeError("model must hold its layers as children; of a lone SparseLinear, save state_dict()")
+    if isinstance(model, SparseModule):
+        kind = type(model).__name__
+        raise RuntimeError(f"model must hold its layers as children; of a lone {kind}, save state_dict()")
     layers = {
-        name: {field: _plain(getattr(layer, field)) for field in _FIELDS} | {"bias": layer.bias is not None}
+        name: _config(layer)
         for name, layer in model.named_modules(remove_duplicate=False)
-        if isinstance(layer, SparseLinear)
+        if isinstance(layer, SparseModule)
     }
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -64,7 +78,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """Load a file of save() into a freshly built `model`, in place; returns the model.
 
-    Its layers that the file calls sparse, dense so far, become packed SparseLinear; all other state must be in the
+    Its layers that the file calls sparse, dense so far, become packed sparse layers; all other state must be in the
     file, no more and no less, with the shapes and dtypes of the model. A model on the meta device takes the tensors of
     the file, on the CPU; else they are copied, and the sparse layers go to the devices of the dense ones.
     Raises RuntimeError, with the model untouched, for a file that is damaged, not of save(), of another version, or not
@@ -111,7 +125,10 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Any]], dict
         version = header["format_version"]
         if version != FORMAT_VERSION:
             raise RuntimeError(f"{path} has format version {version}; this sparse24 reads {FORMAT_VERSION}")
-        layers = {str(name): {field: config[field] for field in _FIELDS} for name, config in header["layers"].items()}
+        layers = {
+            str(name): {field: config[field] for field in ("kind", "bias", *_SIZES[config["kind"]], *_OPTIONS)}
+            for name, config in header["layers"].items()
+        }
         state |= {alias: state[key] for alias, key in header["aliases"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RuntimeError(f"{path} has a damaged sparse24 header: {error!r}") from error
@@ -135,16 +152,26 @@ def _mismatches(
     return sorted(problems)
 
 
-def _sparse_layer(name: str, dense: nn.Module, config: dict[str, Any], state: dict[str, Tensor]) -> SparseLinear:
+def _config(layer: SparseModule) -> dict[str, Any]:
+    kind = next(kind for kind, (_, sparse) in _CLASSES.items() if isinstance(layer, sparse))
+    fields = {field: _plain(getattr(layer, field)) for field in (*_SIZES[kind], *_OPTIONS)}
+    return {"kind": kind, "bias": layer.bias is not None} | fields
+
+
+def _sparse_layer(name: str, dense: nn.Module, config: dict[str, Any], state: dict[str, Tensor]) -> SparseModule:
     """The layer that the file describes, to stand where `dense` stands."""
-    if not isinstance(dense, (nn.Linear, SparseLinear)):
-        raise RuntimeError(f"it is {type(dense).__name__} in the model and linear in the file")
-    ours = (dense.in_features, dense.out_features, dense.bias is not None)
-    theirs = (config["in_features"], config["out_features"], config["bias"])
+    kind, options = config["kind"], {field: value for field, value in config.items() if field != "kind"}
+    plain_class, sparse_class = _CLASSES[kind]
+    if not isinstance(dense, (plain_class, sparse_class)):
+        raise RuntimeError(f"it is {type(dense).__name__} in the model and {kind} in the file")
+    sizes = [field for field in _SIZES[kind] if field != "axis"]
+    ours = [_listed(getattr(dense, field)) for field in sizes] + [dense.bias is not None]
+    theirs = [_listed(config[field]) for field in sizes] + [config["bias"]]
     if ours != theirs:
-        raise RuntimeError(f"(in_features, out_features, bias) is {ours} in the model and {theirs} in the file")
-    dtypes = {field: _dtype(config[field]) for field in ("dtype", "weight_dtype")}
-    layer = SparseLinear(**{**config, **dtypes}, device="meta")
+        names = ", ".join([*sizes, "bias"])
+        raise RuntimeError(f"({names}) is {tuple(ours)} in the model and {tuple(theirs)} in the file")
+    options |= {field: _dtype(config[field]) for field in ("dtype", "weight_dtype")}
+    layer = sparse_class(**options, device="meta")
     missing: list[str] = []
     unexpected: list[str] = []
     problems: list[str] = []
@@ -153,10 +180,16 @@ def _sparse_layer(name: str, dense: nn.Module, config: dict[str, Any], state: di
     problems += [f"{key} is missing" for key in missing] + [f"{key} is not of this layer" for key in unexpected]
     if problems:
         raise RuntimeError("; ".join(problems))
-    if layer.bias is not None and dense.bias is not None:
+    if layer.bias is not None and isinstance(dense.bias, Tensor):
         layer.bias.requires_grad_(dense.bias.requires_grad)
-    device = dense.weight.device
-    return layer.pack() if device.type == "meta" else layer.to(device).pack()
+    weight = dense.weight
+    assert isinstance(weight, Tensor)
+    return layer.pack() if weight.device.type == "meta" else layer.to(weight.device).pack()
+
+
+def _listed(value: Any) -> Any:
+    """As JSON has it: lists for tuples."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _like(old: Tensor, new: Tensor) -> Tensor:

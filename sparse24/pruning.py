@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparse24 import ops
-from sparse24.nn import check_pattern
-from sparse24.reporting import Outcome, Report, linear_layers, own_parametrizations
+from sparse24.conv import as_matrix, axis_of, from_matrix
+from sparse24.reporting import Outcome, Report, own_parametrizations, product_layers
 
 Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
@@ -34,28 +34,39 @@ class Mask(nn.Module):
 
 
 def prune(model: nn.Module, pattern: str = "2:4", *, skip: Skip = ()) -> Report[Outcome]:
-    """Mask every nn.Linear of `model` by magnitude, in place; the model stays dense and trainable.
+    """Mask every nn.Linear and nn.Conv2d of `model` by magnitude, in place; the model stays dense and trainable.
 
-    pattern: "2:4", or the stricter "1:2". The mask is chosen now, from the weights as they are, and stays.
+    pattern: "2:4", the stricter "1:2", or "pair 4:8", which int4 weights need (quantize(dtype=torch.int4)). The mask is
+    chosen now, from the weights as they are, and stays. Of a convolution it runs along the input channels of each group
+    at each kernel position; of a patch convolution of fewer than four channels along [C, R, S] flattened.
     skip: names of modules to leave alone, each with all below it; or a function of (name, module).
     Returns one row per layer: "pruned", or "skipped" with the reason.
-    Raises RuntimeError if the pattern cannot run, or if skip names a module that the model does not have.
+    Raises RuntimeError if the pattern is unknown, or if skip names a module that the model does not have.
     """
-    check_pattern(pattern)
+    if pattern not in ops.PATTERNS:
+        raise RuntimeError(f"pattern must be '2:4', '1:2' or 'pair 4:8'; got {pattern!r}")
     skips = _skip_rule(model, skip)
     rows = []
-    for found in linear_layers(model):
-        linear, reason = found.module, found.reason
-        if not reason and skips(found.name, linear):
+    for found in product_layers(model):
+        layer, reason, detail = found.module, found.reason, pattern
+        if not reason and skips(found.name, layer):
             reason = "asked to"
-        if not reason and isinstance(linear, nn.Linear):
-            if own_parametrizations(linear):
+        if not reason and isinstance(layer, (nn.Linear, nn.Conv2d)):
+            if own_parametrizations(layer):
                 reason = "it is pruned already"
             else:
-                mask = ops.prune_mask(linear.weight.detach().cpu(), pattern).to(linear.weight.device)
-                parametrize.register_parametrization(linear, "weight", Mask(mask, pattern))
-        rows.append(Outcome(found.name, found.shape, "skipped" if reason else "pruned", reason or pattern))
+                axis = axis_of(layer)[0] if isinstance(layer, nn.Conv2d) else ""
+                mask = _magnitude_mask(layer.weight.detach().cpu(), pattern, axis).to(layer.weight.device)
+                parametrize.register_parametrization(layer, "weight", Mask(mask, pattern))
+                detail += f", axis={axis}" if axis else ""
+        rows.append(Outcome(found.name, found.shape, "skipped" if reason else "pruned", reason or detail))
     return Report(f"prune to {pattern}", rows)
+
+
+def _magnitude_mask(weight: Tensor, pattern: str, axis: str) -> Tensor:
+    if not axis:
+        return ops.prune_mask(weight, pattern)
+    return from_matrix(ops.prune_mask(as_matrix(weight, axis), pattern), tuple(weight.shape), axis)
 
 
 def _skip_rule(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:

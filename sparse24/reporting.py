@@ -1,6 +1,7 @@
-"""Reports: what a step of the flow did to each linear layer, why a layer stays dense, what each layer costs."""
+"""Reports: what a step of the flow did to each layer, why a layer stays dense, what each layer costs."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparse24 import ops
-from sparse24.nn import FLOAT_TYPES, SparseLinear
+from sparse24.conv import SparseConv2d, axis_of
+from sparse24.nn import SparseLinear
+from sparse24.sparse_module import FLOAT_TYPES, INT4, SparseModule
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Outcome:
     """What prune, quantize or convert did to one layer."""
 
     name: str
-    shape: tuple[int, ...]  # of the weight, [out_features, in_features]
+    shape: tuple[int, ...]  # of the weight, outputs first
     outcome: str  # "pruned", "quantized", "converted" or "skipped"
     detail: str  # the format it has now, or the reason why it was skipped
 
@@ -28,14 +31,14 @@ class Cost:
     """What one layer of a model costs, and what runs it."""
 
     name: str
-    shape: tuple[int, ...]  # of the weight, [out_features, in_features]
-    pattern: str  # "2:4", "1:2" or "dense"
+    shape: tuple[int, ...]  # of the weight, outputs first
+    pattern: str  # "2:4", "1:2", "pair 4:8" or "dense"
     dtype: str  # of the weight
-    tokens: tuple[int, ...]  # each M, the rows of x, that was seen; empty if the layer was never called
-    kernel: str  # on a GPU, or an emulated one, it depends on M: then what each M runs
+    tokens: tuple[int, ...]  # each M, the tokens or pixels of y, that was seen; empty if the layer was never called
+    kernel: str  # where it depends on M, what each M runs
     reason: str  # why this kernel
     resident_bytes: int  # parameters and buffers of the layer as it is
-    dense_bytes: int  # of an nn.Linear of this shape in the layer's float type
+    dense_bytes: int  # of a dense layer of this shape in the layer's float type
     expected_gain_at_m1: float | None  # dense bytes / sparse bytes, same dtype; None where the product is dense
 
 
@@ -55,7 +58,7 @@ class Report(Generic[Row]):
 
     def __str__(self) -> str:
         if not self.rows:
-            return "\n".join([self.title, "no linear layer", *self.notes])
+            return "\n".join([self.title, "no linear layer, no convolution", *self.notes])
         head = [field.name.replace("_", " ") for field in dataclasses.fields(self.rows[0])]
         table = [head] + [[_cell(value) for value in vars(row).values()] for row in self.rows]
         widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
@@ -74,7 +77,7 @@ def _cell(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Found:
-    """A linear product of a model; `reason` says why it cannot become a SparseLinear, or is empty."""
+    """A product of a model with a weight; `reason` says why it cannot become a sparse layer, or is empty."""
 
     name: str
     module: nn.Module
@@ -82,8 +85,8 @@ class Found:
     reason: str
 
 
-def linear_layers(model: nn.Module) -> Iterator[Found]:
-    """Every nn.Linear and SparseLinear of the model, and nn.MultiheadAttention's own weights; each once."""
+def product_layers(model: nn.Module) -> Iterator[Found]:
+    """Every nn.Linear, nn.Conv2d and sparse layer, and nn.MultiheadAttention's own weights; each once."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
@@ -91,49 +94,58 @@ def linear_layers(model: nn.Module) -> Iterator[Found]:
     read_by_attention = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
 
     for name, module in list(model.named_modules()):
-        if isinstance(module, SparseLinear):
-            yield Found(name, module, (module.out_features, module.in_features), "it is sparse already")
+        if isinstance(module, SparseModule):
+            yield Found(name, module, module._weight_shape(), "it is sparse already")
         elif isinstance(module, nn.MultiheadAttention):
             for key in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
                 weight = getattr(module, key)
                 if weight is not None:
                     reason = "nn.MultiheadAttention multiplies by it itself: there is no layer to swap"
                     yield Found(f"{name}.{key}".lstrip("."), module, tuple(weight.shape), reason)
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, (nn.Linear, nn.Conv2d)):
             if id(module) in read_by_attention:
                 reason = "nn.MultiheadAttention reads its weight and never calls it"
             else:
                 reason = _why_not(module, owners)
-            yield Found(name, module, (module.out_features, module.in_features), reason)
+            yield Found(name, module, _shape(module), reason)
 
 
-def own_parametrizations(linear: nn.Linear) -> list[nn.Module]:
+def _shape(layer: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    return layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size
+
+
+def own_parametrizations(layer: nn.Module) -> list[nn.Module]:
     """What sparse24 has put on the weight, in order of application."""
-    return [rule for rule in parametrizations(linear) if type(rule).__module__.startswith("sparse24.")]
+    return [rule for rule in parametrizations(layer) if type(rule).__module__.startswith("sparse24.")]
 
 
-def parametrizations(linear: nn.Linear) -> nn.ModuleList:
+def parametrizations(layer: nn.Module) -> nn.ModuleList:
     """All that is registered on the weight: a ParametrizationList, empty if there is nothing."""
-    if not parametrize.is_parametrized(linear, "weight"):
+    if not parametrize.is_parametrized(layer, "weight"):
         return nn.ModuleList()
-    return cast(parametrize.ParametrizationList, cast(nn.ModuleDict, linear.parametrizations)["weight"])
+    return cast(parametrize.ParametrizationList, cast(nn.ModuleDict, layer.parametrizations)["weight"])
 
 
-def ours_alone(linear: nn.Linear) -> bool:
+def ours_alone(layer: nn.Module) -> bool:
     """Whether all that is registered on the layer, on its weight or elsewhere, is of sparse24."""
-    names = cast(nn.ModuleDict, linear.parametrizations).keys() if parametrize.is_parametrized(linear) else ()
-    return set(names) <= {"weight"} and len(own_parametrizations(linear)) == len(parametrizations(linear))
+    names = cast(nn.ModuleDict, layer.parametrizations).keys() if parametrize.is_parametrized(layer) else ()
+    return set(names) <= {"weight"} and len(own_parametrizations(layer)) == len(parametrizations(layer))
 
 
-def _why_not(linear: nn.Linear, owners: dict[int, list[str]]) -> str:
-    rules = parametrizations(linear)
-    weight = rules.original if isinstance(rules, parametrize.ParametrizationList) else linear.weight
+def _why_not(layer: nn.Linear | nn.Conv2d, owners: dict[int, list[str]]) -> str:
+    rules = parametrizations(layer)
+    weight = rules.original if isinstance(rules, parametrize.ParametrizationList) else layer.weight
     names = owners.get(id(weight), [])
-    if type(linear).forward is not nn.Linear.forward:
-        return f"{type(linear).__name__} overrides nn.Linear.forward"
-    if "forward" in vars(linear):
+    base = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
+    if type(layer).forward is not base.forward:
+        return f"{type(layer).__name__} overrides nn.{base.__name__}.forward"
+    if isinstance(layer, nn.Conv2d) and type(layer)._conv_forward is not nn.Conv2d._conv_forward:
+        return f"{type(layer).__name__} overrides nn.Conv2d._conv_forward"
+    if "forward" in vars(layer):
         return "its forward was replaced on the instance"
-    if not ours_alone(linear):
+    if not ours_alone(layer):
         return "it has a parametrisation of others, which would be lost"
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}, not an nn.Parameter"
@@ -143,11 +155,13 @@ def _why_not(linear: nn.Linear, owners: dict[int, list[str]]) -> str:
         return f"its weight is {weight.dtype}; float32, float16 and bfloat16 can be sparse"
     if weight.is_meta:
         return "its weight is on the meta device and has no values"
-    return "its weight is empty" if weight.numel() == 0 else ""
+    if weight.numel() == 0:
+        return "its weight is empty"
+    return axis_of(layer)[1] if isinstance(layer, nn.Conv2d) else ""
 
 
 def report(model: nn.Module, example_inputs: Any) -> Report[Cost]:
-    """What runs each linear layer of `model`, why, and what it holds.
+    """What runs each linear layer and convolution of `model`, why, and what it holds.
 
     example_inputs: what the model is called with, once, in eval mode and without gradients: a Tensor, a tuple of
     positional arguments or a mapping of keyword arguments. The model is left as it was. On CUDA, and under
@@ -157,15 +171,17 @@ def report(model: nn.Module, example_inputs: Any) -> Report[Cost]:
     (M = 1) gains at most. It is arithmetic, not a measurement; products of many tokens are bound by half the
     multiplications, 2x at most.
     """
-    layers = list(linear_layers(model))
+    layers = list(product_layers(model))
     seen: dict[int, dict[int, tuple[str, str]]] = {id(found.module): {} for found in layers}  # M: kernel, reason
 
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
-        seen[id(module)][x.shape[:-1].numel()] = _choice(module, x) if isinstance(module, SparseLinear) else ("", "")
+        outputs = module.out_features if isinstance(module, (nn.Linear, SparseLinear)) else module.out_channels
+        tokens = y.numel() // cast(int, outputs) if outputs else 0
+        seen[id(module)][tokens] = _choice(module, x, tokens) if isinstance(module, SparseModule) else ("", "")
 
-    called = [found.module for found in layers if isinstance(found.module, (nn.Linear, SparseLinear))]
-    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in called]
+    called = [found.module for found in layers if not isinstance(found.module, nn.MultiheadAttention)]
+    handles = [module.register_forward_hook(record, with_kwargs=True) for module in called]
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -193,32 +209,35 @@ def report(model: nn.Module, example_inputs: Any) -> Report[Cost]:
 
 def _cost(found: Found, seen: dict[int, tuple[str, str]]) -> Cost:
     layer, tokens = found.module, tuple(seen)
-    if not isinstance(layer, SparseLinear):
-        weight = layer.weight if isinstance(layer, nn.Linear) else getattr(layer, found.name.rpartition(".")[2])
-        resident = _bytes(layer) if isinstance(layer, nn.Linear) else weight.nbytes
+    if not isinstance(layer, SparseModule):
+        whole = isinstance(layer, (nn.Linear, nn.Conv2d))
+        weight: Tensor = getattr(layer, "weight" if whole else found.name.rpartition(".")[2])
+        resident = _bytes(layer) if whole else weight.nbytes
         reason = found.reason or _why_still_dense(layer)
         dtype = _name(weight.dtype)
         return Cost(found.name, found.shape, "dense", dtype, tokens, "dense", reason, resident, resident, None)
 
-    n, k = found.shape
-    dense_bytes = (n * k + (n if layer.bias is not None else 0)) * layer.dtype.itemsize
-    seen = seen or {0: _choice(layer, None)}
+    weights = math.prod(found.shape)
+    dense_bytes = (weights + (found.shape[0] if layer.bias is not None else 0)) * layer.dtype.itemsize
+    seen = seen or {0: _choice(layer, None, 0)}
     kernel, reason = (_by_tokens({m: choice[i] for m, choice in seen.items()}) for i in (0, 1))
     gain = None
     if any(choice[0] != "dense" for choice in seen.values()) and layer.packed is not None:
-        gain = n * k * layer.weight_dtype.itemsize / layer.packed.nbytes
-    dtype = _name(layer.weight_dtype)
+        weight_bytes = 0.5 if layer.weight_dtype is INT4 else layer.weight_dtype.itemsize
+        gain = weights * weight_bytes / layer.packed.nbytes
+    dtype = _name(layer.weight_dtype) + (", weights only" if layer.weight_only else "")
     return Cost(found.name, found.shape, layer.pattern, dtype, tokens, kernel, reason, _bytes(layer), dense_bytes, gain)
 
 
-def _choice(layer: SparseLinear, x: Tensor | None) -> tuple[str, str]:
-    """The kernel that x [..., in_features] of the layer runs, and why; without x as far as that can be said."""
-    like = x if x is not None else torch.empty(0, layer.in_features, dtype=layer.dtype, device=layer.device)
+def _choice(layer: SparseModule, x: Tensor | None, tokens: int) -> tuple[str, str]:
+    """The kernel that x runs in the layer, and why; without x as far as that can be said."""
+    like = x if x is not None else torch.empty(0, layer._features(), dtype=layer.dtype, device=layer.device)
+    assert isinstance(layer, (SparseLinear, SparseConv2d))
     reason = layer._why_dense(like)
     if reason:
         return "dense", f"{reason}; decompressed at every call"
     arch = ops.emulated_arch()
-    if layer.device.type == "cuda" or (layer.device.type == "cpu" and arch):
+    if isinstance(layer, SparseLinear) and (layer.device.type == "cuda" or (layer.device.type == "cpu" and arch)):
         where = f"emulated {arch}" if arch else str(layer.device)
         if x is None:
             return "sparse linear, by M", f"packed, {where}"
@@ -226,7 +245,8 @@ def _choice(layer: SparseLinear, x: Tensor | None) -> tuple[str, str]:
         plan = ops.linear_plan(x, out_features=layer.out_features, dtype=layer.weight_dtype)
         return plan, f"packed, {where}"
     if layer.device.type == "cpu":
-        return f"sparse linear, {ops.cpu_isa()}", "packed"
+        kind = "linear" if isinstance(layer, SparseLinear) else "convolution"
+        return f"sparse {kind}, {ops.cpu_isa()}", "packed"
     return "none", f"on the {layer.device.type} device"
 
 
@@ -243,7 +263,7 @@ def _by_tokens(cells: dict[int, str]) -> str:
 
 
 def _why_still_dense(layer: nn.Module) -> str:
-    rules = own_parametrizations(layer) if isinstance(layer, nn.Linear) else []
+    rules = own_parametrizations(layer) if isinstance(layer, (nn.Linear, nn.Conv2d)) else []
     return "pruned, not converted: call convert()" if rules else "not pruned: call prune() and convert()"
 
 

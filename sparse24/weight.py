@@ -1,4 +1,4 @@
-"""The `weight` of a SparseLinear: a tensor to those who look at it, decompressed for those who read it."""
+"""The `weight` of a sparse layer: a tensor to those who look at it, decompressed for those who read it."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -7,21 +7,21 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from sparse24.nn import SparseLinear
+    from sparse24.sparse_module import SparseModule
 
 
 class SparseWeight(torch.Tensor):
-    """The weight of a SparseLinear as others see it: shape, dtype and device at no cost; reading its data decompresses.
+    """The weight of a sparse layer as others see it: shape, dtype and device at no cost; reading its data decompresses.
 
     Read-only and detached. Being a subclass that handles torch functions, it makes nn.TransformerEncoderLayer leave
     its fused path, which reads weights, and call the layers.
     """
 
-    _layer: "SparseLinear"
+    _layer: "SparseModule"
 
     @staticmethod
-    def __new__(cls, layer: "SparseLinear") -> "SparseWeight":
-        shape = (layer.out_features, layer.in_features)
+    def __new__(cls, layer: "SparseModule") -> "SparseWeight":
+        shape = layer._weight_shape()
         weight: SparseWeight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=layer.dtype, device=layer.device)
         weight._layer = layer
         return weight

@@ -14,9 +14,9 @@ from skimage.metrics import peak_signal_noise_ratio
 from torch import Tensor, nn
 
 import sparse24
+from benchmarks.measure import Spread
 from demo import __main__ as command
 from demo import distillation, needs, photographs, restoration, results, vision
-from demo.timing import Spread, interleave, ratio
 
 # ---- The models ------------------------------------------------------------------------------------------------------
 
@@ -123,28 +123,6 @@ def test_distillation_stops_at_the_limit(cache):
 # ---- Timing ----------------------------------------------------------------------------------------------------------
 
 
-def test_spread_is_median_and_percentiles():
-    assert Spread.of(range(11, 0, -1)) == Spread(median=6, p20=3, p80=9, samples=11)
-
-
-def test_interleave_takes_turns_and_leaves_the_first_call_of_a_turn_out():
-    now, order = 0.0, []
-    costs = {"a": iter([100, 1, 2, 9] * 2), "b": iter([100, 5, 5, 7, 100, 20, 30, 40])}
-
-    def call(name: str) -> None:
-        nonlocal now
-        order.append(name)
-        now += next(costs[name])
-
-    samples = interleave({name: lambda name=name: call(name) for name in "ab"}, range(2), 3, clock=lambda: now)
-    assert "".join(order) == "aaaabbbb" * 2
-    assert samples == {"a": [2, 2], "b": [5, 30]}
-
-
-def test_ratio_is_taken_within_rounds():
-    assert ratio([2.0, 20.0, 6.0], [1.0, 5.0, 2.0]) == Spread(median=3, p20=2.4, p80=3.6, samples=3)
-
-
 def test_gain_is_over_the_fastest_dense_row_of_the_same_dtype(monkeypatch):
     class Model(nn.Module):
         def __init__(self, seconds: float) -> None:
@@ -157,11 +135,12 @@ def test_gain_is_over_the_fastest_dense_row_of_the_same_dtype(monkeypatch):
         for name, seconds in rows.items()
     ]
 
-    def measured(calls, rounds, repeats):
+    def measured(calls, rounds, length):
         assert list(calls) == list(rows)
         return {one.name: [one.model.seconds] * 5 for one in contenders}
 
-    monkeypatch.setattr(vision, "interleave", measured)
+    monkeypatch.setattr(vision, "turns", measured)
+    monkeypatch.setattr(vision, "medians", lambda turns: turns)
     latency, gain = vision.latencies(contenders, Progress(disable=True))
     assert latency["dense faster"]["8"].median == 3000
     assert {name: spread["1"].median for name, spread in gain.items() if spread} == {"2:4": 1.5}

@@ -19,11 +19,11 @@ from fake_cuda import CUDA, FakeCuda
 from torch import Tensor, nn
 
 import sparse24
-from sparse24 import nn as sparse24_nn
-from sparse24 import ops
+from sparse24 import ops, sparse_module
 from sparse24.emulation import Emulation, emulate
-from sparse24.nn import FLOAT32_ON_CUDA, SparseLinear, why_dense
+from sparse24.nn import SparseLinear
 from sparse24.rounding import quantize_rows
+from sparse24.sparse_module import FLOAT32_ON_CUDA
 
 KINDS: dict[str, dict] = {
     "f32": {},
@@ -75,7 +75,7 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
-    monkeypatch.setattr(sparse24_nn, "_warned", {})
+    monkeypatch.setattr(sparse_module, "_warned", {})
     with torch._C._AutoDispatchBelowAutograd(), torch.no_grad(), FakeCuda(monkeypatch) as fake:
         yield fake
 
@@ -85,18 +85,20 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8], ids=str)
 def test_which_form_on_which_device(dtype: torch.dtype, cuda: FakeCuda) -> None:
+    types = {"weight_dtype": dtype} if dtype is torch.int8 else {"dtype": dtype}
+    why_dense = SparseLinear(8, 8, device="meta", **types)._why_canonical
     for device in ("cpu", "meta"):
-        assert why_dense(torch.device(device), dtype) == ""
-    assert why_dense(CUDA, dtype) == (FLOAT32_ON_CUDA if dtype is torch.float32 else "")
+        assert why_dense(torch.device(device)) == ""
+    assert why_dense(CUDA) == (FLOAT32_ON_CUDA if dtype is torch.float32 else "")
     with pytest.warns(UserWarning, match="sparse24 runs dense on xpu: there are no kernels for xpu"):
-        assert why_dense(torch.device("xpu"), dtype) == "there are no kernels for xpu"
+        assert why_dense(torch.device("xpu")) == "there are no kernels for xpu"
     cuda.problem = "it is broken"
     with pytest.warns(UserWarning, match="sparse24 runs dense on cuda:0: it is broken"):
-        assert why_dense(CUDA, dtype) == "it is broken"
+        assert why_dense(CUDA) == "it is broken"
     with pytest.warns(UserWarning, match="sparse24 runs dense on cuda:1: it is broken"):
-        assert why_dense(torch.device("cuda:1"), dtype) == "it is broken"
+        assert why_dense(torch.device("cuda:1")) == "it is broken"
     for device in ("cpu", "meta"):
-        assert why_dense(torch.device(device), dtype) == ""
+        assert why_dense(torch.device(device)) == ""
 
 
 @every_kind
@@ -245,7 +247,7 @@ def test_torch_alone_decompresses_to_the_bit(in_features: int, dtype: torch.dtyp
     generator = torch.Generator().manual_seed(0)
     weight = (100 * torch.randn(9, in_features, generator=generator)).to(dtype)
     values, meta = ops.prune_compress(weight, pattern)
-    found = sparse24_nn._decompress_by_torch(values, meta, in_features=in_features, pattern=pattern)
+    found = sparse_module._decompress_by_torch(values, meta, in_features=in_features, pattern=pattern)
     assert torch.equal(found, ops.decompress(values, meta, in_features=in_features, pattern=pattern))
 
 
@@ -253,7 +255,7 @@ def test_training_on_a_device_with_a_problem(monkeypatch: pytest.MonkeyPatch) ->
     layer, twin = make("f32"), make("f32")
     x = tokens(layer, 5)
     layer(x).square().sum().backward()
-    monkeypatch.setattr(sparse24_nn, "device_problem", lambda device, dtype: "it is broken")
+    monkeypatch.setattr(sparse_module, "device_problem", lambda device, dtype: "it is broken")
     monkeypatch.setattr(ops, "decompress", None)
     twin(x).square().sum().backward()
     torch.testing.assert_close(twin.values.grad, layer.values.grad, rtol=1e-5, atol=1e-5)

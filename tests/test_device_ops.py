@@ -416,15 +416,27 @@ def test_opcheck(dtype: torch.dtype) -> None:
             (x, weight.packed, bias, weight.scales, *sizes, "gelu"),
             test_utils=utilities,
         )
-        arguments = (x, weight.packed, bias, weight.scales, None, residual, None, *sizes, "gelu", "float32")
+        arguments = (x, weight.packed, bias, weight.scales, None, residual, None, *sizes, "gelu", False, "float32")
         torch.library.opcheck(fused, arguments, test_utils=utilities)
-        arguments = (x, weight.packed, None, weight.scales, None, None, torch.tensor(0.1), *sizes, "none", "int8")
+        arguments = (
+            x,
+            weight.packed,
+            None,
+            weight.scales,
+            None,
+            None,
+            torch.tensor(0.1),
+            *sizes,
+            "none",
+            False,
+            "int8",
+        )
         torch.library.opcheck(fused, arguments, test_utils=utilities)
         if dtype == torch.int8:
             q = torch.ones(2, 3, 37, dtype=torch.int8)
-            arguments = (q, weight.packed, None, None, *nothing, *sizes, "none", "int32")
+            arguments = (q, weight.packed, None, None, *nothing, *sizes, "none", False, "int32")
             torch.library.opcheck(fused, arguments, test_utils=utilities)
-    arguments = (x, weight.packed, bias, weight.scales, *nothing, *sizes, "gelu", str(float_type)[6:])
+    arguments = (x, weight.packed, bias, weight.scales, *nothing, *sizes, "gelu", False, str(float_type)[6:])
     torch.library.opcheck(fused, arguments)  # what the CPU's kernels have, under AOTAutograd too
 
 
@@ -567,25 +579,25 @@ def test_the_device_refuses_what_it_has_no_kernel_for(weight: Weight, x: Tensor,
         weight.linear(x)
 
 
-@pytest.mark.parametrize(
-    "call, message",
-    [
-        (lambda: HALF.linear(X, residual=RESIDUAL), r"residual must be none: the CPU kernels have no residual"),
-        (
-            lambda: HALF.linear(X, out_dtype=torch.float32),
-            r"out_dtype must be the dtype of x, float16: .*; got float32",
-        ),
-        (lambda: HALF.linear(X, y_scale=ONE, out_dtype=torch.int8), r"out_dtype must be the dtype of x.*; got int8"),
-        (
-            lambda: without_scales().linear(X_INT8, **INT32),
-            r"x must be of a float dtype: the CPU kernels have no int8 x",
-        ),
-    ],
-    ids=["residual", "float-out", "int8-out", "int8-x"],
-)
-def test_the_cpu_refuses_what_its_kernels_lack(call, message: str) -> None:
-    with pytest.raises(RuntimeError, match=message):
-        call()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8], ids=str)
+def test_the_cpu_and_the_device_agree(dtype: torch.dtype) -> None:
+    """The same fused call of both: equal in all that is exact."""
+    weight = Weight(21, 70, dtype, integers=True)
+    if weight.scales is not None:
+        weight.scales = torch.full((21,), 0.5)
+    x = random_x(9, 70, dtype=torch.int8 if dtype == torch.int8 else dtype, integers=True)
+    common = {"bias": random_x(21, dtype=torch.float32, integers=True), "activation": "relu"}
+    common |= {"x_scales": torch.tensor(2.0)} if dtype == torch.int8 else {}
+    residual = random_x(9, 21, dtype=torch.float16, seed=3, integers=True)
+    calls = [
+        {"out_dtype": torch.float32},
+        {"residual": residual, "out_dtype": torch.bfloat16},
+        {"residual": residual, "out_dtype": torch.int8, "y_scale": torch.tensor(4.0)},
+    ]
+    for options in calls:
+        y = weight.linear(x, **common, **options)
+        with sparse24.emulate():
+            assert torch.equal(weight.linear(x, **common, **options), y)
 
 
 def test_the_cpu_takes_what_its_kernels_have() -> None:

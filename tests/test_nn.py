@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from bounds import assert_linear
 from torch import Tensor, nn
 
-from sparse24 import nn as sparse24_nn
 from sparse24 import ops
 from sparse24.nn import SparseLinear
 from sparse24.rounding import fake_quantize, quantize_rows
@@ -123,11 +122,14 @@ def test_from_dense_never_drops_a_value() -> None:
 
 
 BAD_ARGUMENTS = {
-    "pair": ({"pattern": "pair 4:8"}, r"pattern must be '2:4' or '1:2'; 'pair 4:8' is for int4"),
+    "pair": ({"pattern": "pair 4:8"}, r"pattern must be '2:4' or '1:2' for a float32 weight; 'pair 4:8' is for int4"),
     "pattern": ({"pattern": "4:2"}, r"pattern must be '2:4' or '1:2'; got '4:2'"),
     "activation": ({"activation": "tanh"}, r"activation must be one of none, relu,.*; got 'tanh'"),
     "dtype": ({"dtype": torch.float64}, r"dtype must be float32, float16 or bfloat16; got torch.float64"),
-    "weight_dtype": ({"weight_dtype": torch.float16}, r"weight_dtype must be torch.int8, or dtype \(torch.float32\)"),
+    "weight_dtype": (
+        {"weight_dtype": torch.float16},
+        r"weight_dtype must be torch.int8, torch.int4 or dtype \(torch.float32\)",
+    ),
 }
 
 
@@ -265,7 +267,7 @@ def test_a_device_without_sparse_kernels_keeps_the_canonical_form(monkeypatch: p
     layer = make("f32")
     x = tokens(layer, 3)
     with monkeypatch.context() as patch:
-        patch.setattr(sparse24_nn, "why_dense", lambda device, weight_dtype: "because")
+        patch.setattr(SparseLinear, "_why_canonical", lambda self, device: "because")
         layer.pack()
         assert layer.packed is None and not layer.values.requires_grad
         assert_linear(layer(x).detach(), x, dense_weight(layer), layer.bias)

@@ -121,8 +121,8 @@ PACKED_I8 = ops.pack(*ops.prune_compress(random_weight(6, 16, torch.int8)), in_f
 X, BIAS, SCALES = torch.randn(3, 16), torch.randn(6), torch.rand(6)
 
 
-def linear(x=X, packed=PACKED, bias=None, scales=None, out=6, k=16, dtype=torch.float32, activation="none"):
-    return ops.linear(x, packed, bias, scales, out_features=out, in_features=k, dtype=dtype, activation=activation)
+def linear(x=X, packed=PACKED, bias=None, scales=None, out=6, k=16, dtype=torch.float32, **options):
+    return ops.linear(x, packed, bias, scales, out_features=out, in_features=k, dtype=dtype, **options)
 
 
 def corrupt(meta: torch.Tensor, row: int, byte: int, value: int) -> torch.Tensor:
@@ -190,9 +190,9 @@ BAD_CALLS = {
         lambda: ops.validate(torch.ones(1, 2), torch.tensor([[0x4E]], dtype=torch.uint8), in_features=4),
         r"meta is corrupt: row 0 ends in an unused half byte of 4",
     ),
-    "pack-int4": (
+    "pack-int4": (  # as 2:4 would have it: int4 is packed in pair 4:8
         lambda: ops.pack(torch.zeros(2, 4, dtype=torch.uint8), META[:2], in_features=16),
-        r"values must be .* no kernel multiplies int4",
+        r"meta must be \[2, 1\] to match values \[2, 4\] and in_features = 16; got \[2, 2\]",
     ),
     "pack-shape": (lambda: ops.pack(VALUES, META, in_features=12), r"values must be \[N, 6\]"),
     "packed-size": (lambda: linear(packed=PACKED[:-64]), r"packed must be contiguous uint8 \[\d+\] for a \[6, 16\]"),
@@ -213,7 +213,7 @@ BAD_CALLS = {
     "bias-shape": (lambda: linear(bias=BIAS[:5]), r"bias must be \[6\]; got \[5\]"),
     "bias-dtype": (lambda: linear(bias=BIAS.double()), r"bias must be float32, .*; got float64"),
     "scales-missing": (lambda: linear(packed=PACKED_I8, dtype=torch.int8), r"scales are required for an int8 weight"),
-    "scales-unwanted": (lambda: linear(scales=SCALES), r"scales are for int8 weights alone"),
+    "scales-unwanted": (lambda: linear(scales=SCALES), r"scales are for int8 and int4 weights alone"),
     "scales-shape": (
         lambda: linear(packed=PACKED_I8, dtype=torch.int8, scales=SCALES[:4]),
         r"scales must be float32 \[6\]; got float32 \[4\]",
@@ -226,7 +226,18 @@ BAD_CALLS = {
         lambda: linear(x=torch.zeros(1, 2**18 + 1), k=2**18 + 1, packed=PACKED_I8, dtype=torch.int8, scales=SCALES),
         r"in_features must be at most 262144 for an int8 weight; got 262145",
     ),
-    "linear-int4": (lambda: linear(dtype=torch.int4), r"no kernel multiplies int4"),
+    "packed-int4": (lambda: linear(dtype=torch.int4, scales=SCALES), r"packed must be .*\[6, 16\] int4 weight"),
+    "scales-int4": (lambda: linear(dtype=torch.int4), r"scales are required for an int4 weight; got none"),
+    "weight-only-float": (
+        lambda: linear(weight_only=True),
+        r"weight_only is for an int8 or int4 weight; got .* float32",
+    ),
+    "weight-only-int8-x": (
+        lambda: linear(
+            x=X.to(torch.int8), packed=PACKED_I8, dtype=torch.int8, scales=SCALES, weight_only=True, x_scales=SCALES[:1]
+        ),
+        r"x must be of a float dtype with weight_only; got int8",
+    ),
     "activation": (lambda: linear(activation="tanh"), r"activation must be .*got 'tanh'"),
     "activation-grad": (
         lambda: linear(x=X.clone().requires_grad_(), activation="tanh"),

@@ -20,6 +20,8 @@ Isa detect() {
     return Isa::AVX2;
   }
   return __builtin_cpu_supports("avx512bf16") ? Isa::AVX512_BF16 : Isa::AVX512;
+#elif defined(__aarch64__)
+  return Isa::NEON;
 #else
   return Isa::PORTABLE;
 #endif
@@ -31,6 +33,15 @@ std::atomic<Isa>& active() {
 }
 
 }  // namespace
+
+const char* name_of(Isa isa) {
+#if defined(__aarch64__)
+  constexpr const char* NAMES[] = {"portable", "neon"};
+#else
+  constexpr const char* NAMES[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+#endif
+  return NAMES[static_cast<int>(isa)];
+}
 
 Isa best_isa() {
   static const Isa isa = detect();

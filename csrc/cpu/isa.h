@@ -4,11 +4,17 @@
 namespace sparse24::cpu {
 
 enum class Isa {
-  PORTABLE,     // plain C++
+  PORTABLE,  // plain C++
+#if defined(__aarch64__)
+  NEON,  // what every AArch64 CPU has
+#else
   AVX2,         // AVX2, FMA, F16C, BMI2
   AVX512,       // F, BW, VL, DQ, VBMI, VBMI2, VNNI (Ice Lake, Zen 4)
   AVX512_BF16,  // AVX512 and BF16 (Zen 4, Cooper Lake, Sapphire Rapids)
+#endif
 };
+
+const char* name_of(Isa isa);  // "portable", "neon", "avx2", ...
 
 Isa best_isa();           // what this machine can run
 Isa active_isa();         // what the kernels use now

@@ -1,5 +1,8 @@
-// linear() in AVX-512 without BF16: float products for F32, F16 and BF16 weights, vpdpbusd for I8.
+// linear() in AVX-512 without BF16: float products for F32, F16 and BF16 weights, vpdpbusd for I8 and I4. Weights of
+// integers with float x are in linear_weight_only_avx512.cpp.
 #include "csrc/cpu/linear_avx512.h"
+
+#include "csrc/cpu/quantize.h"
 
 namespace sparse24::cpu {
 namespace {
@@ -20,8 +23,8 @@ alignas(64) constexpr FloatTables FLOAT_TABLES;
 
 // acc += permute(x, control) * values, one column a lane. Sixteen slots meet two units of 16 columns.
 template <Element ELEMENT>
-struct FloatDot {
-  static constexpr Element WEIGHT = ELEMENT;
+struct FloatDot : FloatProducts {
+  static constexpr Element WEIGHT = ELEMENT, PANEL = Element::F32;
   static constexpr int STEPS = 16, UNIT_STEPS = 8;
 
   template <bool ROOM>
@@ -43,18 +46,6 @@ struct FloatDot {
     return step % 2 == 0 ? _mm512_slli_epi32(both, 16)
                          : _mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
   }
-
-  // In assembly, because from intrinsics g++ 12 spills accumulators at 24 rows and more, which costs a quarter.
-  static SPARSE24_INLINE void add(__m512i& acc, __m512i control, const uint8_t* x, __m512i values) {
-    __m512i permuted;
-    asm volatile("vpermps %[x], %[control], %[permuted]\n\tvfmadd231ps %[values], %[permuted], %[acc]"
-                 : [acc] "+v"(acc), [permuted] "=&v"(permuted)
-                 : [control] "v"(control), [x] "m"(*reinterpret_cast<const __m512i*>(x)), [values] "v"(values));
-  }
-
-  static SPARSE24_INLINE __m512i sum(__m512i a, __m512i b) {
-    return _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b)));
-  }
 };
 
 // The tables of I8Dot::control. A row's byte of codes holds the four indices of two groups: byte i of a lane takes bits
@@ -72,7 +63,7 @@ alignas(64) constexpr I8Tables I8_TABLES;
 
 // acc += permute(x, control) . values, four columns of two groups a lane, x unsigned.
 struct I8Dot {
-  static constexpr Element WEIGHT = Element::I8;
+  static constexpr Element WEIGHT = Element::I8, PANEL = Element::I8;
   static constexpr int STEPS = 8, UNIT_STEPS = 8;
 
   template <bool ROOM>
@@ -97,72 +88,135 @@ struct I8Dot {
   static SPARSE24_INLINE __m512i sum(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
 };
 
+// I4Dot::control: the bytes of a unit that the four values of a group of eight columns meet, by its code. Pairs of
+// columns stay together, so that they are found as 16 bits.
+struct I4Tables {
+  uint16_t pairs[8][16][2];
+  constexpr I4Tables() : pairs() {
+    for (int group = 0; group < 8; ++group) {
+      for (int code = 0; code < 16; ++code) {
+        pairs[group][code][0] = static_cast<uint16_t>(4 * group + first_of(code));
+        pairs[group][code][1] = static_cast<uint16_t>(4 * group + second_of(code));
+      }
+    }
+  }
+};
+alignas(64) constexpr I4Tables I4_TABLES;
+
+// acc += permute(x, control) . 16 values, the four columns of a group a lane, x unsigned.
+struct I4Dot {
+  static constexpr Element WEIGHT = Element::I4, PANEL = Element::I8;
+  static constexpr int STEPS = 8, UNIT_STEPS = 8;
+
+  template <bool ROOM>
+  static SPARSE24_INLINE __m512i control(const uint8_t* chunk, int step) {
+    // vpermd reads the low four bits of each lane: one code.
+    const __m512i codes = _mm512_srli_epi32(_mm512_loadu_si512(chunk), 4 * step);
+    return _mm512_permutexvar_epi32(codes, constant<ROOM>(I4_TABLES.pairs[step]));
+  }
+
+  static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
+    const __m512i both = _mm512_loadu_si512(chunk + CODES_BYTES + step / 2 * 64);  // groups step & ~1 and step | 1
+    const __m512i high = step % 2 == 0 ? _mm512_slli_epi32(both, 4) : both;
+    return _mm512_and_si512(high, _mm512_set1_epi8(static_cast<char>(0xf0)));
+  }
+
+  static SPARSE24_INLINE void add(__m512i& acc, __m512i control, const uint8_t* x, __m512i values) {
+    __m512i permuted;
+    asm volatile("vpermw %[x], %[control], %[permuted]\n\tvpdpbusd %[values], %[permuted], %[acc]"
+                 : [acc] "+v"(acc), [permuted] "=&v"(permuted)
+                 : [control] "v"(control), [x] "m"(*reinterpret_cast<const __m512i*>(x)), [values] "v"(values));
+  }
+
+  static SPARSE24_INLINE __m512i sum(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
+};
+
 // ---- Rows of x ----
 
-// As floats; for BF16 weights rounded to bfloat16, as every instruction set does.
-template <bool ROUND_TO_BF16>
-void pack_float_row(const Linear& call, int64_t token, uint8_t* unit, int64_t unit_stride, float*) {
-  const void* row = row_of_x(call, token);
-  const Element element = call.x_element;
-  const int64_t columns = chunk_count(Element::F32, call.in_features) * chunk_columns(Element::F32);
-  for_each_16(call.in_features, columns, [&](int64_t k, __mmask16 mask) SPARSE24_LAMBDA {
-    __m512 v = load_floats(row, element, k, mask);
-    if (ROUND_TO_BF16) v = _mm512_castsi512_ps(round_to_bf16(v));
-    _mm512_store_ps(unit, v);
-    unit += unit_stride;
+// As integers the bits of |x| are in the order of the floats, with Inf above the finite and NaN above Inf.
+uint32_t largest(const void* x, Element element, int64_t count) {
+  __m512i bits = _mm512_setzero_si512();
+  for_each_16(count, count, [&](int64_t k, __mmask16 mask) SPARSE24_LAMBDA {
+    bits = _mm512_max_epi32(bits, _mm512_castps_si512(_mm512_abs_ps(load_floats(x, element, k, mask))));
+  });
+  return static_cast<uint32_t>(_mm512_reduce_max_epi32(bits));
+}
+
+// clamp(round-to-nearest-even(x / s), -127, 127) as bytes. A division: on Zen 4 the exact quotient by Newton steps
+// takes as long, and x * (1 / s) is wrong at ties.
+SPARSE24_INLINE __m128i quantized(__m512 x, __m512 s) {
+  const __m512i q = _mm512_cvt_roundps_epi32(_mm512_div_ps(x, s), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return _mm512_cvtsepi32_epi8(_mm512_max_epi32(q, _mm512_set1_epi32(-127)));  // saturates at 127
+}
+
+void quantize(const void* x, Element element, int64_t count, float scale, int8_t* q) {
+  const __m512 s = _mm512_set1_ps(scale);
+  for_each_16(count, count, [&](int64_t k, __mmask16 mask) SPARSE24_LAMBDA {
+    _mm_mask_storeu_epi8(q + k, mask, quantized(load_floats(x, element, k, mask), s));
   });
 }
 
-// s = amax / 127, q = clamp(round-to-nearest-even(x / s), -127, 127), stored as q + 128. A row with an Inf or a NaN
-// gets the scale NaN, whatever its q; one whose amax / 127 is 0 gets the scale 1.
-void pack_i8_row(const Linear& call, int64_t token, uint8_t* unit, int64_t unit_stride, float* scale) {
-  const void* row = row_of_x(call, token);
-  const Element element = call.x_element;
-  const int64_t in_features = call.in_features;
-
-  // As integers the bits of |x| are in the order of the floats, with Inf above the finite and NaN above Inf.
-  __m512i largest = _mm512_setzero_si512();
-  for_each_16(in_features, in_features, [&](int64_t k, __mmask16 mask) SPARSE24_LAMBDA {
-    const __m512 magnitudes = _mm512_abs_ps(load_floats(row, element, k, mask));
-    largest = _mm512_max_epi32(largest, _mm512_castps_si512(magnitudes));
-  });
-  const int amax_bits = _mm512_reduce_max_epi32(largest);
-  float amax;
-  __builtin_memcpy(&amax, &amax_bits, sizeof amax);
-  float s = amax / 127;
-  if (s == 0) s = 1;
-  if (amax_bits >= 0x7f800000) s = __builtin_nanf("");
-  *scale = s;
-
-  // A division: on Zen 4 the exact quotient by Newton steps takes as long, and x * (1 / s) is wrong at ties.
-  const __m512 divisor = _mm512_set1_ps(s);
+// q + 128 and each row's own scale: NaN, whatever its q, where the row has an Inf or a NaN.
+void quantize_rows(const Strip& strip) {
+  const Element element = strip.x_element;
   const __m128i offset = _mm_set1_epi8(static_cast<char>(0x80));
-  const int64_t columns = chunk_count(Element::I8, in_features) * chunk_columns(Element::I8);
-  for_each_16(in_features, columns, [&](int64_t k, __mmask16 mask) SPARSE24_LAMBDA {
-    const __m512 quotient = _mm512_div_ps(load_floats(row, element, k, mask), divisor);
-    const __m512i q = _mm512_cvt_roundps_epi32(quotient, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m128i clamped = _mm512_cvtsepi32_epi8(_mm512_max_epi32(q, _mm512_set1_epi32(-127)));  // saturates at 127
-    _mm_store_si128(reinterpret_cast<__m128i*>(unit + k / 64 * unit_stride + k % 64), _mm_xor_si128(clamped, offset));
-  });
+  const int64_t unit_stride = strip.panel_rows * UNIT_BYTES;
+  for (int row = 0; row < strip.count; ++row) {
+    const void* const x = strip.rows[row];
+    const float scale = scale_of(largest(x, element, strip.in_features));
+    strip.scales[row] = scale;
+    const __m512 s = _mm512_set1_ps(scale);
+    uint8_t* const units = strip.panel + (strip.row + row) * UNIT_BYTES;
+    for_each_16(strip.in_features, strip.columns, [&](int64_t k, __mmask16 mask) SPARSE24_LAMBDA {
+      const __m128i q = quantized(load_floats(x, element, k, mask), s);
+      _mm_store_si128(reinterpret_cast<__m128i*>(units + k / 64 * unit_stride + k % 64), _mm_xor_si128(q, offset));
+    });
+  }
 }
 
-constexpr Kernels F32_KERNELS{Element::F32, pack_float_row<false>, multiply<FloatDot<Element::F32>>};
-constexpr Kernels F16_KERNELS{Element::F32, pack_float_row<false>, multiply<FloatDot<Element::F16>>};
-constexpr Kernels BF16_KERNELS{Element::F32, pack_float_row<true>, multiply<FloatDot<Element::BF16>>};
-constexpr Kernels I8_KERNELS{Element::I8, pack_i8_row, multiply<I8Dot>};
+// int8 as it is, stored as q + 128.
+void pack_int8(const Strip& strip) {
+  const __m512i offset = _mm512_set1_epi8(static_cast<char>(0x80));
+  for (int row = 0; row < strip.count; ++row) {
+    const auto x = static_cast<const uint8_t*>(strip.rows[row]);
+    uint8_t* unit = strip.panel + (strip.row + row) * UNIT_BYTES;
+    for (int64_t k = 0; k < strip.columns; k += 64, unit += strip.panel_rows * UNIT_BYTES) {
+      const int64_t left = strip.in_features - k;
+      const __mmask64 mask = left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
+      _mm512_store_si512(unit, _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, x + k), offset));
+    }
+  }
+}
+
+constexpr Kernels F32_KERNELS = kernels_of<FloatDot<Element::F32>>(pack_floats<false>);
+constexpr Kernels F16_KERNELS = kernels_of<FloatDot<Element::F16>>(pack_floats<false>);
+constexpr Kernels BF16_KERNELS = kernels_of<FloatDot<Element::BF16>>(pack_floats<true>);
+constexpr Kernels I8_KERNELS = kernels_of<I8Dot>(quantize_rows);
+constexpr Kernels I8_X_KERNELS = kernels_of<I8Dot>(pack_int8);
+
+constexpr Kernels I4_KERNELS = kernels_of<I4Dot>(quantize_rows);
+constexpr Kernels I4_X_KERNELS = kernels_of<I4Dot>(pack_int8);
+
+constexpr Quantizer QUANTIZER{largest, quantize};
 
 }  // namespace
 
-const Kernels& avx512_kernels(Element weight_element) {
-  switch (weight_element) {
+const Quantizer& avx512_quantizer() { return QUANTIZER; }
+
+const Kernels* avx512_kernels(Element weight, bool weight_only, Element x_element) {
+  const bool int8_x = x_element == Element::I8;
+  if (weight_only) return avx512_weight_only_kernels(weight);
+  switch (weight) {
     case Element::F16:
-      return F16_KERNELS;
+      return &F16_KERNELS;
     case Element::BF16:
-      return BF16_KERNELS;
+      return &BF16_KERNELS;
     case Element::I8:
-      return I8_KERNELS;
+      return int8_x ? &I8_X_KERNELS : &I8_KERNELS;
+    case Element::I4:
+      return int8_x ? &I4_X_KERNELS : &I4_KERNELS;
     default:
-      return F32_KERNELS;
+      return &F32_KERNELS;
   }
 }
 

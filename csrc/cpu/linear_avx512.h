@@ -16,9 +16,18 @@
 namespace sparse24::cpu {
 namespace {
 
-// How far ahead of its use W is prefetched. At one or two rows the hardware's prefetcher alone is faster (Zen 4).
-constexpr int PREFETCH_BYTES = 3072;
-constexpr int PREFETCH_MIN_ROWS = 3;
+// W is prefetched into the L2, this far ahead of its use; into the L1 it would take the buffers that x needs, and in
+// bursts stall them. At one or two rows the hardware's prefetcher alone is faster. So it is for an I8 weight of few
+// rows that lies in small pages (all measured on Zen 4).
+constexpr int PREFETCH_BYTES = 8192;
+constexpr int PREFETCH_MIN_ROWS = 3, PREFETCH_MIN_ROWS_SMALL_I8 = 8;
+constexpr int64_t HUGE_PAGE_BYTES = 2 << 20;
+
+template <Element WEIGHT, int ROWS>
+SPARSE24_INLINE int64_t prefetch_distance(int64_t packed_bytes) {
+  const bool small = WEIGHT == Element::I8 && ROWS < PREFETCH_MIN_ROWS_SMALL_I8 && packed_bytes < HUGE_PAGE_BYTES;
+  return small ? 0 : PREFETCH_BYTES;
+}
 
 // The vector at `table`. Where accumulators leave no ROOM it is loaded at each use: g++ would keep it in a register
 // from before the loop, and spill accumulators instead.
@@ -28,89 +37,139 @@ SPARSE24_INLINE __m512i constant(const void* table) {
   return _mm512_load_si512(table);
 }
 
-// Where one block's part of a tile lies in y.
-struct Output {
-  uint8_t* first;
-  int64_t row_bytes;
-
-  SPARSE24_INLINE Output(const Linear& call, const Tile& tile, int64_t block) {
-    const int element_bytes = element_bits(call.x_element) / 8;
-    row_bytes = call.y_stride * element_bytes;
-    first = static_cast<uint8_t*>(call.y) + tile.first_token * row_bytes + block * BLOCK_ROWS * element_bytes;
-  }
-};
-
-// y = activation(result + bias) for one block: bias, activation, rounding, masked store. `results` is [rows], of float
-// or, for I8, of int32 that still hold the products with x's offset of 128.
-template <Element WEIGHT, Activation ACTIVATION>
-void finish(const Linear& call, const Tile& tile, int64_t block, Output output, const uint8_t* compensation,
-            const __m512i* results) {
-  const int64_t column = block * BLOCK_ROWS;
-  const __mmask16 mask = first_lanes(call.out_features - column);
-  const bool has_bias = call.bias != nullptr;
-  const __m512 bias = has_bias ? load_floats(call.bias, call.bias_element, column, mask) : _mm512_setzero_ps();
-  const __m512 scales = WEIGHT == Element::I8 ? _mm512_maskz_loadu_ps(mask, call.scales + column) : _mm512_setzero_ps();
-  const __m512i offset = WEIGHT == Element::I8 ? _mm512_loadu_si512(compensation) : _mm512_setzero_si512();
-  // Copies, which the stores to y cannot be taken to change.
-  const Element y_element = call.x_element;
-  const float* const token_scales = tile.token_scales;
-  const int rows = tile.rows;
-  for (int row = 0; row < rows; ++row) {
-    __m512 v = _mm512_castsi512_ps(results[row]);
-    if constexpr (WEIGHT == Element::I8) {
-      const __m512 dot = _mm512_cvtepi32_ps(_mm512_sub_epi32(results[row], offset));
-      v = _mm512_mul_ps(dot, _mm512_mul_ps(scales, _mm512_set1_ps(token_scales[row])));
-    }
-    if (has_bias) v = _mm512_add_ps(v, bias);
-    store_floats(output.first + row * output.row_bytes, y_element, 0, mask, activate<ACTIVATION>(v));
+// Sixteen elements of y from index `at` on: v holds floats, or for I32 integers.
+SPARSE24_INLINE void store_y(const Epilogue& epilogue, int64_t at, __mmask16 mask, __m512i v, __m512 y_scale) {
+  const __m512 floats = _mm512_castsi512_ps(v);
+  if (epilogue.y_type == Number::I32) {
+    _mm512_mask_storeu_epi32(static_cast<int32_t*>(epilogue.y) + at, mask, v);
+  } else if (epilogue.y_type == Number::I8) {
+    store_quantized(static_cast<int8_t*>(epilogue.y) + at, mask, floats, y_scale);
+  } else {
+    store_floats(epilogue.y, element_of(epilogue.y_type), at, mask, floats);
   }
 }
 
-template <Element WEIGHT>
-auto finish_for(Activation activation) {
+// Sixteen tokens of sixteen output features from `column` on, into planes; v is [token] of vectors of features. Only
+// the first `count` tokens and `features` features are written. Tokens of an image lie side by side.
+SPARSE24_INLINE void store_planes(const Linear& call, int64_t token, int count, int64_t column, int64_t features,
+                                  __m512i (&v)[16], __m512 y_scale) {
+  transpose_16(v);
+  for (int first = 0; first < count;) {
+    const int64_t left = call.plane - (token + first) % call.plane;
+    const int last = left < count - first ? first + static_cast<int>(left) : count;
+    const auto mask = static_cast<__mmask16>(first_lanes(last) & ~first_lanes(first));
+    const int64_t at = call.y_index(token + first, column) - first;
+    for (int n = 0; n < 16 && n < features; ++n) store_y(call.epilogue, at + n * call.plane, mask, v[n], y_scale);
+    first = last;
+  }
+}
+
+// y of one block and the rows of the tile, from its sums, [rows] of float or of int32. Bias, residual, activation,
+// rounding, masked store.
+template <bool INTEGER, Activation ACTIVATION>
+void finish(const Linear& call_in, const Tile& tile_in, int64_t block, const __m512i* sums) {
+  const Linear call = call_in;  // copies, which the stores to y cannot be taken to change
+  const Tile tile = tile_in;
+  const Epilogue& epilogue = call.epilogue;
+  const int64_t column = block * BLOCK_ROWS, features = epilogue.out_features - column;
+  const __mmask16 mask = first_lanes(features);
+  const __m512 zero = _mm512_setzero_ps();
+  const __m512 scales = epilogue.scales ? _mm512_maskz_loadu_ps(mask, epilogue.scales + column) : _mm512_set1_ps(1);
+  const __m512 bias = epilogue.bias ? load_floats(epilogue.bias, element_of(epilogue.bias_type), column, mask) : zero;
+  const __m512 y_scale = _mm512_set1_ps(epilogue.y_scale ? *epilogue.y_scale : 1);
+  const uint8_t* const end = call.packed + (block + 1) * block_bytes(call.weight, call.in_features);
+  const __m512i compensation = INTEGER ? _mm512_loadu_si512(end - COMPENSATION_BYTES) : _mm512_setzero_si512();
+  const __m128i shift = _mm_cvtsi32_si128(sum_shift(call.weight));
+
+  const auto value = [&](int row) SPARSE24_LAMBDA {
+    __m512 v;
+    if constexpr (INTEGER) {
+      const __m512i sum = _mm512_sra_epi32(_mm512_sub_epi32(sums[row], compensation), shift);
+      if (epilogue.y_type == Number::I32) return sum;
+      v = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(_mm512_set1_ps(tile.x_scales[row]), scales));
+    } else {
+      v = _mm512_castsi512_ps(sums[row]);
+      if (epilogue.scales) v = _mm512_mul_ps(v, scales);
+    }
+    if (epilogue.bias) v = _mm512_add_ps(v, bias);
+    if (epilogue.residual) {
+      const int64_t at = (tile.first_token + row) * epilogue.residual_stride + column;
+      v = _mm512_add_ps(v, load_floats(epilogue.residual, element_of(epilogue.residual_type), at, mask));
+    }
+    return _mm512_castps_si512(activate<ACTIVATION>(v));
+  };
+  if (call.plane == 0) {
+    for (int row = 0; row < tile.rows; ++row) {
+      store_y(epilogue, (tile.first_token + row) * epilogue.y_stride + column, mask, value(row), y_scale);
+    }
+    return;
+  }
+  for (int first = 0; first < tile.rows; first += 16) {
+    const int count = tile.rows - first < 16 ? tile.rows - first : 16;
+    __m512i v[16] = {};
+    for (int row = 0; row < count; ++row) v[row] = value(first + row);
+    store_planes(call, tile.first_token + first, count, column, features, v, y_scale);
+  }
+}
+
+using Finish = void (*)(const Linear& call, const Tile& tile, int64_t block, const __m512i* sums);
+
+template <bool INTEGER>
+Finish finish_for(Activation activation) {
   switch (activation) {
     case Activation::RELU:
-      return finish<WEIGHT, Activation::RELU>;
+      return finish<INTEGER, Activation::RELU>;
     case Activation::GELU:
-      return finish<WEIGHT, Activation::GELU>;
+      return finish<INTEGER, Activation::GELU>;
     case Activation::GELU_TANH:
-      return finish<WEIGHT, Activation::GELU_TANH>;
+      return finish<INTEGER, Activation::GELU_TANH>;
     case Activation::SILU:
-      return finish<WEIGHT, Activation::SILU>;
+      return finish<INTEGER, Activation::SILU>;
     default:
-      return finish<WEIGHT, Activation::NONE>;
+      return finish<INTEGER, Activation::NONE>;
   }
 }
 
-// Dot gives the weights' element type WEIGHT, how many vectors of values a chunk has (STEPS), how many of those meet
+// y of a block comes into the cache while its sums are made: its rows are far apart and no prefetcher sees them coming.
+SPARSE24_INLINE void prefetch_y(const Linear& call, const Tile& tile, int64_t block, int rows) {
+  const Epilogue& epilogue = call.epilogue;
+  if (call.plane != 0) return;
+  const int y_bytes = epilogue.y_type == Number::I32 ? 4 : element_bits(element_of(epilogue.y_type)) / 8;
+  const auto y = static_cast<const uint8_t*>(epilogue.y);
+  for (int row = 0; row < rows; ++row) {
+    __builtin_prefetch(y + ((tile.first_token + row) * epilogue.y_stride + block * BLOCK_ROWS) * y_bytes, 1);
+  }
+}
+
+// Dot gives the element types WEIGHT and PANEL, how many vectors of values a chunk has (STEPS), how many of those meet
 // one unit of x (UNIT_STEPS), and how to read codes and values, to multiply and to sum. Registers are __m512i
 // throughout, whether their lanes are floats or integers.
 template <class Dot, int ROWS>
 void multiply_rows(const Linear& call, const Tile& tile) {
-  constexpr int CHUNK_BYTES = chunk_bytes(Dot::WEIGHT);
+  constexpr int CHUNK_BYTES = chunk_bytes(Dot::WEIGHT), LINES = CHUNK_BYTES / 64;
   // Independent sums per output, where rows alone are too few to hide the latency of the dot product.
   constexpr int SUMS = ROWS <= 4 ? 4 : ROWS <= 8 ? 2 : 1;
   constexpr bool ROOM = ROWS * SUMS <= 16;
   const int64_t chunks = chunk_count(Dot::WEIGHT, call.in_features);
   const int64_t bytes = block_bytes(Dot::WEIGHT, call.in_features);
-  const auto finish = finish_for<Dot::WEIGHT>(call.activation);
+  const int64_t ahead = prefetch_distance<Dot::WEIGHT, ROWS>(block_count(call.epilogue.out_features) * bytes);
+  const Finish finish = finish_for<Dot::PANEL == Element::I8>(call.epilogue.activation);
 
   for (int64_t block = tile.first_block; block < tile.last_block; ++block) {
     const uint8_t* w = call.packed + block * bytes;
     const uint8_t* x = tile.panel;
-    const Output output(call, tile, block);
-    // y comes into the cache while the sums are made: its rows are far apart and no prefetcher sees them coming.
-    for (int row = 0; row < ROWS; ++row) __builtin_prefetch(output.first + row * output.row_bytes, 1);
+    prefetch_y(call, tile, block, ROWS);
 
     __m512i sums[ROWS][SUMS] = {};
     __m512i control = Dot::template control<ROOM>(w, 0);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      if constexpr (ROWS >= PREFETCH_MIN_ROWS) {
-#pragma GCC unroll 32
-        for (int line = 0; line < CHUNK_BYTES; line += 64) __builtin_prefetch(w + PREFETCH_BYTES + line);
-      }
 #pragma GCC unroll 32
       for (int step = 0; step < Dot::STEPS; ++step) {
+        if constexpr (ROWS >= PREFETCH_MIN_ROWS) {
+          for (int line = LINES * step / Dot::STEPS; line < LINES * (step + 1) / Dot::STEPS; ++line) {
+            __builtin_prefetch(w + ahead + 64 * line, 0, 2);
+          }
+        }
         // One step ahead, and kept there: otherwise the FP scheduler fills with permutes that wait for their control.
         __m512i next = step + 1 < Dot::STEPS ? Dot::template control<ROOM>(w, step + 1)
                                              : Dot::template control<ROOM>(w + CHUNK_BYTES, 0);
@@ -132,7 +191,39 @@ void multiply_rows(const Linear& call, const Tile& tile) {
       for (int i = 1; i < SUMS; ++i) sums[row][0] = Dot::sum(sums[row][0], sums[row][i]);
       results[row] = sums[row][0];
     }
-    finish(call, tile, block, output, w, results);
+    finish(call, tile, block, results);
+  }
+}
+
+// How a dot product of floats multiplies and sums: one column a lane.
+struct FloatProducts {
+  // In assembly, because from intrinsics g++ 12 spills accumulators at 24 rows and more, which costs a quarter.
+  static SPARSE24_INLINE void add(__m512i& acc, __m512i control, const uint8_t* x, __m512i values) {
+    __m512i permuted;
+    asm volatile("vpermps %[x], %[control], %[permuted]\n\tvfmadd231ps %[values], %[permuted], %[acc]"
+                 : [acc] "+v"(acc), [permuted] "=&v"(permuted)
+                 : [control] "v"(control), [x] "m"(*reinterpret_cast<const __m512i*>(x)), [values] "v"(values));
+  }
+
+  static SPARSE24_INLINE __m512i sum(__m512i a, __m512i b) {
+    return _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b)));
+  }
+};
+
+// As floats; for BF16 weights rounded to bfloat16, as every instruction set does.
+template <bool ROUND_TO_BF16>
+void pack_floats(const Strip& strip) {
+  const Element element = strip.x_element;
+  const int64_t unit_stride = strip.panel_rows * UNIT_BYTES;
+  for (int row = 0; row < strip.count; ++row) {
+    const void* const x = strip.rows[row];
+    uint8_t* unit = strip.panel + (strip.row + row) * UNIT_BYTES;
+    for_each_16(strip.in_features, strip.columns, [&](int64_t k, __mmask16 mask) SPARSE24_LAMBDA {
+      __m512 v = load_floats(x, element, k, mask);
+      if (ROUND_TO_BF16) v = _mm512_castsi512_ps(round_to_bf16(v));
+      _mm512_store_ps(unit, v);
+      unit += unit_stride;
+    });
   }
 }
 
@@ -147,7 +238,13 @@ void multiply(const Linear& call, const Tile& tile) {
   using Table = MultiplyTable<Dot, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23,
                               24, 25, 26, 27, 28>;
   static_assert(sizeof(Table::BY_ROWS) == PANEL_ROWS * sizeof(Multiply), "one kernel for every height of a panel");
-  Table::BY_ROWS[tile.rows - 1](call, tile);
+  Table::BY_ROWS[tile.rows - 1](call, tile);  // panel_rows are the same
+}
+
+// The kernels of a dot product, with the `pack` that fills its panels.
+template <class Dot>
+constexpr Kernels kernels_of(void (*pack)(const Strip&)) {
+  return {"perm", Dot::PANEL, PANEL_ROWS, 1, pack, multiply<Dot>};
 }
 
 }  // namespace

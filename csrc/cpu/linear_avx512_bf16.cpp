@@ -1,4 +1,5 @@
-// linear() for BF16 weights with AVX512_BF16: vdpbf16ps takes both values of a group at once.
+// linear() with AVX512_BF16, where vdpbf16ps takes two values at once: for BF16 weights, and for I8 and I4 weights with
+// BF16 x, integers of eight bits being exact in bfloat16.
 #include "csrc/cpu/linear_avx512.h"
 
 namespace sparse24::cpu {
@@ -18,23 +19,9 @@ struct Bf16Tables {
 };
 alignas(64) constexpr Bf16Tables BF16_TABLES;
 
-// acc += permute(x, control) . values, the two columns of a group a lane. Sums are rounded to nearest even and
-// subnormals count as zero, as the instruction defines.
-struct Bf16Dot {
-  static constexpr Element WEIGHT = Element::BF16;
-  static constexpr int STEPS = 8, UNIT_STEPS = 8;
-
-  template <bool ROOM>
-  static SPARSE24_INLINE __m512i control(const uint8_t* chunk, int step) {
-    // vpermd reads the low four bits of each lane: one code.
-    const __m512i codes = _mm512_srli_epi32(_mm512_loadu_si512(chunk), 4 * step);
-    return _mm512_permutexvar_epi32(codes, constant<ROOM>(BF16_TABLES.columns[step]));
-  }
-
-  static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
-    return _mm512_loadu_si512(chunk + CODES_BYTES + 64 * step);
-  }
-
+// acc += permute(x, control) . values, two columns a lane. Sums are rounded to nearest even and subnormals count as
+// zero, as the instruction defines.
+struct Bf16Products {
   static SPARSE24_INLINE void add(__m512i& acc, __m512i control, const uint8_t* x, __m512i values) {
     __m512i permuted;
     asm volatile("vpermw %[x], %[control], %[permuted]\n\tvdpbf16ps %[values], %[permuted], %[acc]"
@@ -47,26 +34,115 @@ struct Bf16Dot {
   }
 };
 
-void pack_bf16_row(const Linear& call, int64_t token, uint8_t* unit, int64_t unit_stride, float*) {
-  const void* row = row_of_x(call, token);
-  const int64_t columns = chunk_count(Element::BF16, call.in_features) * chunk_columns(Element::BF16);
-  for (int64_t k = 0; k < columns; k += 32, unit += unit_stride) {
-    const int64_t left = call.in_features - k;
-    if (call.x_element == Element::BF16) {
-      const __mmask32 mask = left >= 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
-      _mm512_store_si512(unit, _mm512_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(row) + k));
-    } else {
-      const __m512 low = load_floats(row, call.x_element, k, first_lanes(left));
-      const __m512 high = load_floats(row, call.x_element, k + 16, first_lanes(left - 16));
-      _mm512_store_si512(unit, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+struct Bf16Dot : Bf16Products {
+  static constexpr Element WEIGHT = Element::BF16, PANEL = Element::BF16;
+  static constexpr int STEPS = 8, UNIT_STEPS = 8;
+
+  template <bool ROOM>
+  static SPARSE24_INLINE __m512i control(const uint8_t* chunk, int step) {
+    // vpermd reads the low four bits of each lane: one code.
+    const __m512i codes = _mm512_srli_epi32(_mm512_loadu_si512(chunk), 4 * step);
+    return _mm512_permutexvar_epi32(codes, constant<ROOM>(BF16_TABLES.columns[step]));
+  }
+
+  static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
+    return _mm512_loadu_si512(chunk + CODES_BYTES + 64 * step);
+  }
+};
+
+// A chunk of 64 columns has 16 pairs of slots, 8 for each unit of 32 columns.
+
+struct I8Bf16Dot : Bf16Products {
+  static constexpr Element WEIGHT = Element::I8, PANEL = Element::BF16;
+  static constexpr int STEPS = 16, UNIT_STEPS = 8;
+
+  template <bool ROOM>
+  static SPARSE24_INLINE __m512i control(const uint8_t* chunk, int step) {
+    return Bf16Dot::control<ROOM>(chunk + step / 8 * CODES_BYTES, step % 8);
+  }
+
+  // Of the four bytes of a lane the low or the high two, as bfloat16, which are the high halves of the floats.
+  static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
+    const __m512i four = _mm512_loadu_si512(chunk + 2 * CODES_BYTES + step / 2 * 64);
+    const __m512i first = _mm512_srai_epi32(_mm512_slli_epi32(four, step % 2 == 0 ? 24 : 8), 24);
+    const __m512i second = _mm512_srai_epi32(step % 2 == 0 ? _mm512_slli_epi32(four, 16) : four, 24);
+    return join(_mm512_cvtepi32_ps(first), _mm512_cvtepi32_ps(second));
+  }
+
+  // bfloat16 pairs of floats that need no rounding.
+  static SPARSE24_INLINE __m512i join(__m512 low, __m512 high) {
+    const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+    return _mm512_ternarylogic_epi32(mask, _mm512_castps_si512(high), _mm512_srli_epi32(_mm512_castps_si512(low), 16),
+                                     0xCA);  // mask ? high : low
+  }
+};
+
+// I4Bf16Dot: the bfloat16 of a nibble, and the pairs of columns that a code names, each as two columns.
+struct I4Tables {
+  uint32_t number[16];
+  uint16_t columns[8][16][2];  // by group of the unit (four of them) and first or second pair, then code
+  constexpr I4Tables() : number(), columns() {
+    for (int i = 0; i < 16; ++i) {
+      number[i] = __builtin_bit_cast(uint32_t, static_cast<float>(i < 8 ? i : i - 16)) >> 16;
+      for (int j = 0; j < 8; ++j) {
+        const int pair = j % 2 == 0 ? first_of(i) : second_of(i);
+        columns[j][i][0] = static_cast<uint16_t>(8 * (j / 2) + 2 * pair);
+        columns[j][i][1] = static_cast<uint16_t>(8 * (j / 2) + 2 * pair + 1);
+      }
+    }
+  }
+};
+alignas(64) constexpr I4Tables I4_TABLES;
+
+struct I4Bf16Dot : Bf16Products {
+  static constexpr Element WEIGHT = Element::I4, PANEL = Element::BF16;
+  static constexpr int STEPS = 16, UNIT_STEPS = 8;
+
+  template <bool ROOM>
+  static SPARSE24_INLINE __m512i control(const uint8_t* chunk, int step) {
+    const __m512i codes = _mm512_srli_epi32(_mm512_loadu_si512(chunk), step / 2 * 4);
+    return _mm512_permutexvar_epi32(codes, constant<ROOM>(I4_TABLES.columns[step % 8]));
+  }
+
+  // Values 2 * (step % 2) and the next of group step / 2: nibbles of the low or the high halves of two bytes.
+  static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
+    const __m512i eight = _mm512_loadu_si512(chunk + CODES_BYTES + step / 4 * 64);
+    const int shift = step % 2 * 16 + step / 2 % 2 * 4;
+    const __m512i table = _mm512_load_si512(I4_TABLES.number);
+    const __m512i first = _mm512_permutexvar_epi32(_mm512_srli_epi32(eight, shift), table);
+    const __m512i second = _mm512_permutexvar_epi32(_mm512_srli_epi32(eight, shift + 8), table);
+    return _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
+  }
+};
+
+void pack_bf16(const Strip& strip) {
+  for (int row = 0; row < strip.count; ++row) {
+    const void* const x = strip.rows[row];
+    uint8_t* unit = strip.panel + (strip.row + row) * UNIT_BYTES;
+    for (int64_t k = 0; k < strip.columns; k += 32, unit += strip.panel_rows * UNIT_BYTES) {
+      const int64_t left = strip.in_features - k;
+      if (strip.x_element == Element::BF16) {
+        const __mmask32 mask = left >= 32 ? ~__mmask32{0} : left <= 0 ? 0 : (__mmask32{1} << left) - 1;
+        _mm512_store_si512(unit, _mm512_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(x) + k));
+      } else {
+        const __m512 low = load_floats(x, strip.x_element, k, first_lanes(left));
+        const __m512 high = load_floats(x, strip.x_element, k + 16, first_lanes(left - 16));
+        _mm512_store_si512(unit, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+      }
     }
   }
 }
 
-constexpr Kernels KERNELS{Element::BF16, pack_bf16_row, multiply<Bf16Dot>};
+constexpr Kernels BF16_KERNELS = kernels_of<Bf16Dot>(pack_bf16);
+constexpr Kernels I8_KERNELS = kernels_of<I8Bf16Dot>(pack_bf16);
+constexpr Kernels I4_KERNELS = kernels_of<I4Bf16Dot>(pack_bf16);
 
 }  // namespace
 
-const Kernels& avx512_bf16_kernels() { return KERNELS; }
+const Kernels* avx512_bf16_kernels(Element weight, bool weight_only, Element x_element) {
+  if (weight == Element::BF16) return &BF16_KERNELS;
+  if (!weight_only || x_element != Element::BF16) return nullptr;
+  return weight == Element::I8 ? &I8_KERNELS : &I4_KERNELS;
+}
 
 }  // namespace sparse24::cpu

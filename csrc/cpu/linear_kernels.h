@@ -8,75 +8,115 @@ namespace sparse24::cpu {
 
 // ---- The packed form ----
 //
-// W [N, K] is cut into blocks of 16 rows, a block into chunks of 32 columns (64 for I8); zeros fill both ends.
+// W [N, K] is cut into blocks of 16 rows, a block into chunks of 32 columns (64 for I8 and I4); zeros fill both ends.
 //
 //   packed  block 0, block 1, ..., 64 zero bytes: kernels load codes one chunk ahead of their use
-//   block   chunk 0, chunk 1, ..., and for I8 int32[16]: 128 * the sum of each row's values (modulo 2^32)
+//   block   chunk 0, chunk 1, ..., and for I8 and I4 int32[16]: the compensation of each row (modulo 2^32)
 //   chunk   codes, values
-//   codes   for each 32 columns uint32[16]: group g of a row's eight in bits 4g to 4g + 3
+//   codes   for each eight groups (32 columns, I4: 64) uint32[16]: group g of a row's eight in bits 4g to 4g + 3
 //   values  [slots of the chunk / LANE][16 rows][LANE], LANE = 1 (F32, F16), 2 (BF16) or 4 (I8): a 64-byte vector (32
-//   for
-//           F16) is what 16 lanes of multiply-add, vdpbf16ps or vpdpbusd take at once
+//           for F16) is what 16 lanes of multiply-add, vdpbf16ps or vpdpbusd take at once.
+//           I4: [4][16 rows][4 bytes]: byte i of vector j holds value i of groups 2j (low half) and 2j + 1 (high half)
 //
-// So a kernel reads W as one stream of 2.125 (F32), 1.125 (F16, BF16) or 0.625 (I8) bytes a dense element.
+// So a kernel reads W as one stream of 2.125 (F32), 1.125 (F16, BF16), 0.625 (I8) or 0.3125 (I4) bytes a dense element.
 
 constexpr int BLOCK_ROWS = 16;
 constexpr int CODES_BYTES = 64;
 constexpr int PACKED_TAIL_BYTES = 64;
 constexpr int COMPENSATION_BYTES = 64;
 
-SPARSE24_INLINE constexpr int chunk_columns(Element element) { return element == Element::I8 ? 64 : 32; }
-SPARSE24_INLINE constexpr int lane_values(Element element) {
-  return element == Element::I8 ? 4 : element == Element::BF16 ? 2 : 1;
+SPARSE24_INLINE constexpr bool is_integer(Element element) { return element == Element::I8 || element == Element::I4; }
+SPARSE24_INLINE constexpr int chunk_columns(Element weight) { return is_integer(weight) ? 64 : 32; }
+SPARSE24_INLINE constexpr int lane_values(Element weight) {
+  return is_integer(weight) ? 4 : weight == Element::BF16 ? 2 : 1;
 }
-SPARSE24_INLINE constexpr int chunk_codes_bytes(Element element) { return chunk_columns(element) / 32 * CODES_BYTES; }
-SPARSE24_INLINE constexpr int chunk_bytes(Element element) {
-  return chunk_codes_bytes(element) + BLOCK_ROWS * chunk_columns(element) / 2 * element_bits(element) / 8;
+SPARSE24_INLINE constexpr int chunk_codes_bytes(Element weight) {
+  return chunk_columns(weight) / group_columns(pattern_of(weight)) / 8 * CODES_BYTES;
 }
-SPARSE24_INLINE constexpr int64_t chunk_count(Element element, int64_t in_features) {
-  return (in_features + chunk_columns(element) - 1) / chunk_columns(element);
+SPARSE24_INLINE constexpr int chunk_bytes(Element weight) {
+  return chunk_codes_bytes(weight) + BLOCK_ROWS * chunk_columns(weight) / 2 * element_bits(weight) / 8;
+}
+SPARSE24_INLINE constexpr int64_t chunk_count(Element weight, int64_t in_features) {
+  return (in_features + chunk_columns(weight) - 1) / chunk_columns(weight);
 }
 SPARSE24_INLINE constexpr int64_t block_count(int64_t out_features) {
   return (out_features + BLOCK_ROWS - 1) / BLOCK_ROWS;
 }
-SPARSE24_INLINE constexpr int64_t block_bytes(Element element, int64_t in_features) {
-  return chunk_count(element, in_features) * chunk_bytes(element) + (element == Element::I8 ? COMPENSATION_BYTES : 0);
+SPARSE24_INLINE constexpr int64_t block_bytes(Element weight, int64_t in_features) {
+  return chunk_count(weight, in_features) * chunk_bytes(weight) + (is_integer(weight) ? COMPENSATION_BYTES : 0);
 }
+
+// What an I8 panel's sums have too much: its columns are q + 128, and an I4 value w is multiplied as 16 w, which one
+// shift or mask makes of a nibble. (sum - compensation) >> SUM_SHIFT is the sum of q w.
+SPARSE24_INLINE constexpr int sum_shift(Element weight) { return weight == Element::I4 ? 4 : 0; }
+SPARSE24_INLINE constexpr uint32_t compensation_factor(Element weight) { return 128u << sum_shift(weight); }
 
 // ---- Panels of x ----
 //
-// A panel holds up to 28 rows of x as [unit][row][64 bytes]: a unit is 16 columns of float, 32 of bfloat16, or 64 of
-// uint8, zero-filled up to whole chunks. One full-width permute of a unit reaches any column of it, whichever the code.
-// The uint8 is q ^ 0x80 = q + 128, as vpdpbusd wants it; the compensation takes 128 * sum(w) off again.
+// A panel holds the columns of some rows of x, as its kernels want them, zero-filled up to whole chunks: of float, of
+// bfloat16, or of uint8, which is q ^ 0x80 = q + 128, as vpdpbusd wants it. It has a whole number of strips: of one
+// row, or for the gather kernels of 16.
+//
+//   gather  [column][row], rows filled up to whole strips
+//   others  [unit][row][64 bytes]; a unit is 16 columns of float, 32 of bfloat16 or 64 of uint8: one full-width permute
+//           of a unit reaches any column of it, whichever the code
 
 constexpr int UNIT_BYTES = 64;
+constexpr int PACK_ROWS = 16;   // at most, packed at a time
 constexpr int PANEL_ROWS = 28;  // accumulators; with two control words, the values and the permuted x: 32 registers
+
+// Some columns of some rows of x on their way into a panel.
+struct Strip {
+  const void* const* rows;  // [count], at the first of the columns
+  int count;                // of a strip of 16 rows fewer at the end of x
+  Element x_element;
+  int64_t in_features;  // columns of x
+  int64_t columns;      // of the panel: in_features filled up to whole chunks
+  uint8_t* panel;       // at the first of the columns
+  int panel_rows;       // of this panel: its strips times strip_rows
+  int row;              // of the panel, where the strip goes
+  float* scales;        // [count], what quantised each row; written by kernels that quantise a float x
+};
 
 // A run of blocks of W against one panel.
 struct Tile {
   const uint8_t* panel;
-  const float* token_scales;  // [rows], I8 only
+  const float* x_scales;  // [rows], or null where x is not quantised
   int64_t first_token;
-  int rows;
+  int rows;        // tokens
+  int panel_rows;  // rows with what fills the last strip
   int64_t first_block, last_block;
 };
 
-SPARSE24_INLINE const void* row_of_x(const Linear& call, int64_t token) {
-  return static_cast<const uint8_t*>(call.x) + token * call.x_stride * (element_bits(call.x_element) / 8);
-}
-
 struct Kernels {
+  const char* name;
   Element panel_element;  // F32, BF16 or I8
-
-  // Writes one row of x, at `unit` and every unit_stride bytes; *scale is set for I8 alone.
-  void (*pack_row)(const Linear& call, int64_t token, uint8_t* unit, int64_t unit_stride, float* scale);
-
-  // y = activation(x W^T + bias) for the tile.
-  void (*multiply)(const Linear& call, const Tile& tile);
+  int panel_rows;         // at most; a multiple of strip_rows
+  int strip_rows;
+  void (*pack)(const Strip& strip);
+  void (*multiply)(const Linear& call, const Tile& tile);  // y of the tile, epilogue included
 };
 
-const Kernels& portable_kernels(Element weight_element);
-const Kernels& avx512_kernels(Element weight_element);
-const Kernels& avx512_bf16_kernels();  // BF16 weights
+// The kernels of an instruction set, for W and x of these element types; null where it has none.
+const Kernels* portable_kernels(Element weight, bool weight_only, Element x_element);  // never null
+const Kernels* avx2_kernels(Element weight, bool weight_only, Element x_element);
+const Kernels* avx512_kernels(Element weight, bool weight_only, Element x_element);
+const Kernels* avx512_weight_only_kernels(Element weight);  // I8 and I4
+const Kernels* avx512_bf16_kernels(Element weight, bool weight_only, Element x_element);
+const Kernels* avx512_gather_kernels(Element weight, bool weight_only, Element x_element);
+const Kernels* neon_kernels(Element weight, bool weight_only, Element x_element);
+
+// The epilogue of one block in plain C++, for kernels that have no faster one. `sums` is [tile.rows][16] of float, or
+// of int32 without compensation and shift for I8 panels.
+void portable_finish(const Linear& call, const Tile& tile, int64_t block, const float* sums);
+void portable_finish(const Linear& call, const Tile& tile, int64_t block, const int32_t* sums);
+
+// The type of an element of y, bias or residual that is not I32.
+SPARSE24_INLINE constexpr Element element_of(Number number) {
+  return number == Number::F32    ? Element::F32
+         : number == Number::F16  ? Element::F16
+         : number == Number::BF16 ? Element::BF16
+                                  : Element::I8;
+}
 
 }  // namespace sparse24::cpu

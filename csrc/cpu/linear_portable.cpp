@@ -6,37 +6,13 @@
 #include <limits>
 #include <type_traits>
 
+#include "csrc/cpu/half.h"
 #include "csrc/cpu/linear_kernels.h"
 
 namespace sparse24::cpu {
 namespace {
 
 // ---- Elements ----
-
-float f16_to_float(uint16_t half) {
-  const uint32_t exponent = half >> 10 & 31, fraction = half & 1023, sign = static_cast<uint32_t>(half >> 15) << 31;
-  if (exponent == 0) return std::copysign(static_cast<float>(fraction) * 0x1p-24f, std::bit_cast<float>(sign));
-  return std::bit_cast<float>(sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13);
-}
-
-uint16_t float_to_f16(float value) {  // to nearest, ties to even
-  const uint32_t bits = std::bit_cast<uint32_t>(value), magnitude = bits & 0x7fffffff;
-  const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
-  if (magnitude > 0x7f800000) return sign | 0x7e00;   // NaN
-  if (magnitude >= 0x477ff000) return sign | 0x7c00;  // 65520 and above round to Inf
-  if (magnitude < 0x38800000) {                       // subnormal: the last bit of 0.5f weighs 2^-24, as theirs
-    return sign | static_cast<uint16_t>(std::bit_cast<uint32_t>(std::fabs(value) + 0.5f) - 0x3f000000);
-  }
-  return sign | static_cast<uint16_t>((magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13);
-}
-
-float bf16_to_float(uint16_t half) { return std::bit_cast<float>(static_cast<uint32_t>(half) << 16); }
-
-uint16_t float_to_bf16(float value) {  // to nearest, ties to even
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);  // NaN
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
 
 float load_float(const void* array, Element element, int64_t index) {
   if (element == Element::F32) return static_cast<const float*>(array)[index];
@@ -72,94 +48,119 @@ float activate(Activation activation, float value) {
 
 // ---- Rows of x ----
 
+// Where column k of a row lies in a panel.
+template <class Value>
+Value* column_of(const Strip& strip, int row, int64_t k) {
+  constexpr int64_t UNIT = UNIT_BYTES / sizeof(Value);
+  return reinterpret_cast<Value*>(strip.panel + (k / UNIT * strip.panel_rows + strip.row + row) * UNIT_BYTES) +
+         k % UNIT;
+}
+
 // As floats; for BF16 weights rounded to bfloat16, as every instruction set does.
 template <bool ROUND_TO_BF16>
-void pack_float_row(const Linear& call, int64_t token, uint8_t* unit, int64_t unit_stride, float*) {
-  const void* row = row_of_x(call, token);
-  const int64_t columns = chunk_count(Element::F32, call.in_features) * chunk_columns(Element::F32);
-  for (int64_t k = 0; k < columns; k += 16, unit += unit_stride) {
-    float floats[16] = {};
-    for (int64_t i = 0; i < std::min<int64_t>(16, call.in_features - k); ++i) {
-      floats[i] = load_float(row, call.x_element, k + i);
-      if (ROUND_TO_BF16) floats[i] = bf16_to_float(float_to_bf16(floats[i]));
+void pack_floats(const Strip& strip) {
+  for (int row = 0; row < strip.count; ++row) {
+    for (int64_t k = 0; k < strip.columns; ++k) {
+      float value = k < strip.in_features ? load_float(strip.rows[row], strip.x_element, k) : 0;
+      if (ROUND_TO_BF16) value = bf16_to_float(float_to_bf16(value));
+      *column_of<float>(strip, row, k) = value;
     }
-    std::memcpy(unit, floats, UNIT_BYTES);
   }
 }
 
 // s = amax / 127, q = clamp(round-to-nearest-even(x / s), -127, 127), stored as q + 128. A row with an Inf or a NaN
 // gets the scale NaN; one whose amax / 127 is 0 gets the scale 1.
-void pack_i8_row(const Linear& call, int64_t token, uint8_t* unit, int64_t unit_stride, float* scale) {
-  const void* row = row_of_x(call, token);
-  float amax = 0;
-  bool finite = true;
-  for (int64_t k = 0; k < call.in_features; ++k) {
-    const float magnitude = std::fabs(load_float(row, call.x_element, k));
-    finite = finite && magnitude <= std::numeric_limits<float>::max();
-    amax = std::max(amax, magnitude);
+void quantize_rows(const Strip& strip) {
+  for (int row = 0; row < strip.count; ++row) {
+    const void* const x = strip.rows[row];
+    float amax = 0;
+    bool finite = true;
+    for (int64_t k = 0; k < strip.in_features; ++k) {
+      const float magnitude = std::fabs(load_float(x, strip.x_element, k));
+      finite = finite && magnitude <= std::numeric_limits<float>::max();
+      amax = std::max(amax, magnitude);
+    }
+    float scale = finite ? amax / 127 : std::numeric_limits<float>::quiet_NaN();
+    if (scale == 0) scale = 1;
+    for (int64_t k = 0; k < strip.columns; ++k) {
+      float q = 0;
+      if (finite && k < strip.in_features) q = std::nearbyint(load_float(x, strip.x_element, k) / scale);
+      *column_of<uint8_t>(strip, row, k) = static_cast<uint8_t>(static_cast<int>(std::clamp(q, -127.0f, 127.0f)) + 128);
+    }
+    strip.scales[row] = scale;
   }
-  *scale = finite ? amax / 127 : std::numeric_limits<float>::quiet_NaN();
-  if (*scale == 0) *scale = 1;
+}
 
-  const int64_t columns = chunk_count(Element::I8, call.in_features) * chunk_columns(Element::I8);
-  for (int64_t k = 0; k < columns; ++k) {
-    float q = 0;
-    if (finite && k < call.in_features) q = std::nearbyint(load_float(row, call.x_element, k) / *scale);
-    unit[k / 64 * unit_stride + k % 64] = static_cast<uint8_t>(static_cast<int>(std::clamp(q, -127.0f, 127.0f)) + 128);
+// int8 as it is, stored as q + 128.
+void pack_int8(const Strip& strip) {
+  for (int row = 0; row < strip.count; ++row) {
+    const auto x = static_cast<const uint8_t*>(strip.rows[row]);
+    for (int64_t k = 0; k < strip.columns; ++k) {
+      *column_of<uint8_t>(strip, row, k) = (k < strip.in_features ? x[k] : 0) ^ 0x80;
+    }
   }
 }
 
 // ---- Tiles ----
 
-// Floats, or for I8 integers whose sums wrap modulo 2^32 as those of vpdpbusd do.
-template <Element WEIGHT>
-using Number = std::conditional_t<WEIGHT == Element::I8, uint32_t, float>;
+// Floats, or for I8 panels integers whose sums wrap modulo 2^32 as those of vpdpbusd do.
+template <Element PANEL>
+using Sum = std::conditional_t<PANEL == Element::I8, uint32_t, float>;
 
+// The value in `slot` of `row`.
 template <Element WEIGHT>
-Number<WEIGHT> value_at(const uint8_t* values, int index) {
-  if constexpr (WEIGHT == Element::I8) return static_cast<uint32_t>(static_cast<int8_t>(values[index]));
-  return load_float(values, WEIGHT, index);
+float value_at(const uint8_t* values, int slot, int row) {
+  if constexpr (WEIGHT == Element::I4) {
+    const int byte = values[(slot / 8 * BLOCK_ROWS + row) * 4 + slot % 4];
+    return static_cast<float>(static_cast<int8_t>(byte << (slot / 4 % 2 == 0 ? 4 : 0)) >> 4);
+  } else {
+    constexpr int LANE = lane_values(WEIGHT);
+    const int index = (slot / LANE * BLOCK_ROWS + row) * LANE + slot % LANE;
+    if constexpr (WEIGHT == Element::I8) return static_cast<float>(static_cast<int8_t>(values[index]));
+    return load_float(values, WEIGHT, index);
+  }
 }
 
 // A chunk of one block with every code spelled out: for each slot and row the value and its column in the chunk.
-template <Element WEIGHT>
+template <Element WEIGHT, Element PANEL>
 struct Chunk {
-  static constexpr int COLUMNS = chunk_columns(WEIGHT), SLOTS = COLUMNS / 2, LANE = lane_values(WEIGHT);
-  Number<WEIGHT> value[SLOTS][BLOCK_ROWS];
+  static constexpr int COLUMNS = chunk_columns(WEIGHT), SLOTS = COLUMNS / 2;
+  static constexpr int UNIT = group_columns(pattern_of(WEIGHT)) / 4;  // columns
+  Sum<PANEL> value[SLOTS][BLOCK_ROWS];
   int column[SLOTS][BLOCK_ROWS];
 
   explicit Chunk(const uint8_t* chunk) {
     for (int slot = 0; slot < SLOTS; ++slot) {
+      const int unit = slot / UNIT;  // two of them a group, sixteen in each uint32 of codes
       for (int row = 0; row < BLOCK_ROWS; ++row) {
-        const uint8_t codes = chunk[slot / 16 * CODES_BYTES + row * 4 + slot / 4 % 4];
-        column[slot][row] = slot / 2 * 4 + (codes >> slot % 4 * 2 & 3);
-        value[slot][row] =
-            value_at<WEIGHT>(chunk + chunk_codes_bytes(WEIGHT), (slot / LANE * BLOCK_ROWS + row) * LANE + slot % LANE);
+        const int codes = chunk[unit / 16 * CODES_BYTES + row * 4 + unit / 4 % 4];
+        column[slot][row] = (unit / 2 * 4 + (codes >> unit % 4 * 2 & 3)) * UNIT + slot % UNIT;
+        const float v = value_at<WEIGHT>(chunk + chunk_codes_bytes(WEIGHT), slot, row);
+        if constexpr (PANEL == Element::I8) {
+          value[slot][row] = static_cast<uint32_t>(static_cast<int32_t>(v)) << sum_shift(WEIGHT);
+        } else {
+          value[slot][row] = v;
+        }
       }
     }
   }
 };
 
-template <Element WEIGHT>
+template <Element WEIGHT, Element PANEL>
 void multiply(const Linear& call, const Tile& tile) {
-  constexpr int COLUMNS = chunk_columns(WEIGHT);
-  constexpr int UNIT_COLUMNS = WEIGHT == Element::I8 ? 64 : 16;
+  using PanelValue = std::conditional_t<PANEL == Element::I8, uint8_t, float>;
+  constexpr int COLUMNS = chunk_columns(WEIGHT), UNIT = UNIT_BYTES / sizeof(PanelValue);
   const int64_t bytes = block_bytes(WEIGHT, call.in_features);
   for (int64_t block = tile.first_block; block < tile.last_block; ++block) {
     const uint8_t* w = call.packed + block * bytes;
     const uint8_t* unit = tile.panel;
-    Number<WEIGHT> sums[PANEL_ROWS][BLOCK_ROWS] = {};
+    Sum<PANEL> sums[PANEL_ROWS][BLOCK_ROWS] = {};
     for (int64_t chunk = 0; chunk < chunk_count(WEIGHT, call.in_features); ++chunk, w += chunk_bytes(WEIGHT)) {
-      const Chunk<WEIGHT> decoded(w);
+      const Chunk<WEIGHT, PANEL> decoded(w);
       for (int token = 0; token < tile.rows; ++token) {
-        Number<WEIGHT> x[COLUMNS];
-        for (int k = 0; k < COLUMNS; ++k) {
-          const uint8_t* columns = unit + (k / UNIT_COLUMNS * tile.rows + token) * UNIT_BYTES;
-          if constexpr (WEIGHT == Element::I8) {
-            x[k] = columns[k] - 128u;
-          } else {
-            x[k] = load_float(columns, Element::F32, k % UNIT_COLUMNS);
-          }
+        PanelValue x[COLUMNS];
+        for (int k = 0; k < COLUMNS; k += UNIT) {
+          std::memcpy(x + k, unit + (k / UNIT * tile.panel_rows + token) * UNIT_BYTES, UNIT_BYTES);
         }
         for (int slot = 0; slot < COLUMNS / 2; ++slot) {
           for (int row = 0; row < BLOCK_ROWS; ++row) {
@@ -167,43 +168,96 @@ void multiply(const Linear& call, const Tile& tile) {
           }
         }
       }
-      unit += COLUMNS / UNIT_COLUMNS * tile.rows * UNIT_BYTES;
+      unit += COLUMNS / UNIT * tile.panel_rows * UNIT_BYTES;
     }
-    for (int token = 0; token < tile.rows; ++token) {
-      const int64_t first = block * BLOCK_ROWS, last = std::min(first + BLOCK_ROWS, call.out_features);
-      for (int64_t n = first; n < last; ++n) {
-        float y;
-        if constexpr (WEIGHT == Element::I8) {
-          y = static_cast<float>(static_cast<int32_t>(sums[token][n - first])) *
-              (call.scales[n] * tile.token_scales[token]);
-        } else {
-          y = sums[token][n - first];
-        }
-        if (call.bias) y += load_float(call.bias, call.bias_element, n);
-        store_float(call.y, call.x_element, (tile.first_token + token) * call.y_stride + n,
-                    activate(call.activation, y));
-      }
+    if constexpr (PANEL == Element::I8) {
+      portable_finish(call, tile, block, reinterpret_cast<const int32_t*>(sums));
+    } else {
+      portable_finish(call, tile, block, &sums[0][0]);
     }
   }
 }
 
-constexpr Kernels F32_KERNELS{Element::F32, pack_float_row<false>, multiply<Element::F32>};
-constexpr Kernels F16_KERNELS{Element::F32, pack_float_row<false>, multiply<Element::F16>};
-constexpr Kernels BF16_KERNELS{Element::F32, pack_float_row<true>, multiply<Element::BF16>};
-constexpr Kernels I8_KERNELS{Element::I8, pack_i8_row, multiply<Element::I8>};
+// ---- The epilogue ----
+
+// v = epilogue of a sum that is scaled already, for output feature n of token m; an I8 y is not rounded yet.
+void finish(const Linear& call, int64_t m, int64_t n, float v) {
+  const Epilogue& epilogue = call.epilogue;
+  if (epilogue.bias) v += load_float(epilogue.bias, element_of(epilogue.bias_type), n);
+  if (epilogue.residual) {
+    v += load_float(epilogue.residual, element_of(epilogue.residual_type), m * epilogue.residual_stride + n);
+  }
+  v = activate(epilogue.activation, v);
+  const int64_t at = call.y_index(m, n);
+  if (epilogue.y_type != Number::I8) return store_float(epilogue.y, element_of(epilogue.y_type), at, v);
+  const float q = std::nearbyint(v / *epilogue.y_scale);
+  static_cast<int8_t*>(epilogue.y)[at] = std::isnan(q) ? 0 : static_cast<int8_t>(std::clamp(q, -127.0f, 127.0f));
+}
+
+template <class Body>
+void for_each_output(const Linear& call, const Tile& tile, int64_t block, const Body& body) {
+  const int64_t first = block * BLOCK_ROWS;
+  const int count = static_cast<int>(std::min<int64_t>(BLOCK_ROWS, call.epilogue.out_features - first));
+  for (int token = 0; token < tile.rows; ++token) {
+    for (int row = 0; row < count; ++row) body(token, row, tile.first_token + token, first + row);
+  }
+}
 
 }  // namespace
 
-const Kernels& portable_kernels(Element weight_element) {
-  switch (weight_element) {
+void portable_finish(const Linear& call, const Tile& tile, int64_t block, const float* sums) {
+  const float* const scales = call.epilogue.scales;
+  for_each_output(call, tile, block, [&](int token, int row, int64_t m, int64_t n) {
+    const float sum = sums[token * BLOCK_ROWS + row];
+    finish(call, m, n, scales ? sum * scales[n] : sum);
+  });
+}
+
+void portable_finish(const Linear& call, const Tile& tile, int64_t block, const int32_t* sums) {
+  const Epilogue& epilogue = call.epilogue;
+  const uint8_t* const block_end = call.packed + (block + 1) * block_bytes(call.weight, call.in_features);
+  for_each_output(call, tile, block, [&](int token, int row, int64_t m, int64_t n) {
+    uint32_t compensation;
+    std::memcpy(&compensation, block_end - COMPENSATION_BYTES + 4 * row, sizeof compensation);
+    const uint32_t wrapped = static_cast<uint32_t>(sums[token * BLOCK_ROWS + row]) - compensation;
+    const int32_t sum = static_cast<int32_t>(wrapped) >> sum_shift(call.weight);
+    if (epilogue.y_type == Number::I32) {
+      static_cast<int32_t*>(epilogue.y)[call.y_index(m, n)] = sum;
+    } else {
+      finish(call, m, n, static_cast<float>(sum) * (tile.x_scales[token] * epilogue.scales[n]));
+    }
+  });
+}
+
+const Kernels* portable_kernels(Element weight, bool weight_only, Element x_element) {
+  static constexpr auto floats = [](void (*multiply)(const Linear&, const Tile&)) {
+    return Kernels{"portable", Element::F32, PANEL_ROWS, 1, pack_floats<false>, multiply};
+  };
+  static constexpr auto integers = [](void (*pack)(const Strip&), void (*multiply)(const Linear&, const Tile&)) {
+    return Kernels{"portable", Element::I8, PANEL_ROWS, 1, pack, multiply};
+  };
+  static constexpr Kernels F32 = floats(multiply<Element::F32, Element::F32>);
+  static constexpr Kernels F16 = floats(multiply<Element::F16, Element::F32>);
+  static constexpr Kernels BF16{"portable", Element::F32,      PANEL_ROWS,
+                                1,          pack_floats<true>, multiply<Element::BF16, Element::F32>};
+  static constexpr Kernels I8_ONLY = floats(multiply<Element::I8, Element::F32>);
+  static constexpr Kernels I4_ONLY = floats(multiply<Element::I4, Element::F32>);
+  static constexpr Kernels I8[] = {integers(quantize_rows, multiply<Element::I8, Element::I8>),
+                                   integers(pack_int8, multiply<Element::I8, Element::I8>)};
+  static constexpr Kernels I4[] = {integers(quantize_rows, multiply<Element::I4, Element::I8>),
+                                   integers(pack_int8, multiply<Element::I4, Element::I8>)};
+  const bool int8_x = x_element == Element::I8;
+  switch (weight) {
     case Element::F16:
-      return F16_KERNELS;
+      return &F16;
     case Element::BF16:
-      return BF16_KERNELS;
+      return &BF16;
     case Element::I8:
-      return I8_KERNELS;
+      return weight_only ? &I8_ONLY : &I8[int8_x];
+    case Element::I4:
+      return weight_only ? &I4_ONLY : &I4[int8_x];
     default:
-      return F32_KERNELS;
+      return &F32;
   }
 }
 

@@ -9,10 +9,11 @@ namespace sparse24::cpu {
 
 namespace {
 
-// Byte offset, in a chunk, of the value in `slot` of `row`.
+// Byte offset, in a chunk, of the value in `slot` of `row`; of an I4 value the byte that holds it.
 template <Element ELEMENT>
 SPARSE24_INLINE int value_offset(int slot, int row) {
   constexpr int LANE = lane_values(ELEMENT);
+  if (ELEMENT == Element::I4) return CODES_BYTES + (slot / (2 * LANE) * BLOCK_ROWS + row) * LANE + slot % LANE;
   return chunk_codes_bytes(ELEMENT) +
          ((slot / LANE * BLOCK_ROWS + row) * LANE + slot % LANE) * element_bits(ELEMENT) / 8;
 }
@@ -20,14 +21,15 @@ SPARSE24_INLINE int value_offset(int slot, int row) {
 // Byte offset, in a chunk, of the codes of groups 2 * `pair` and 2 * `pair` + 1 of `row`.
 SPARSE24_INLINE int codes_offset(int pair, int row) { return pair / 4 * CODES_BYTES + row * 4 + pair % 4; }
 
-// Calls move(canonical, packed) for every value and every pair of codes of block `block`, as (row's array, index) and
-// pointer into the packed form.
+// Calls move_value(index, packed, slot, row) and move_codes(index, packed) for every value and every pair of codes of
+// block `block`: the index in the canonical array, and the offset in the packed form.
 template <Element ELEMENT, class MoveValue, class MoveCodes>
 void for_each_in_block(int64_t block, int64_t out_features, int64_t in_features, const MoveValue& move_value,
                        const MoveCodes& move_codes) {
-  constexpr int SLOTS = chunk_columns(ELEMENT) / 2, PAIRS = chunk_columns(ELEMENT) / 8;
-  const int64_t row_values = 2 * group_count(Pattern::TWO_FOUR, in_features);
-  const int64_t row_meta = meta_row_bytes(Pattern::TWO_FOUR, in_features);
+  constexpr Pattern PATTERN = pattern_of(ELEMENT);
+  constexpr int SLOTS = chunk_columns(ELEMENT) / 2, PAIRS = chunk_columns(ELEMENT) / group_columns(PATTERN) / 2;
+  const int64_t row_values = group_columns(PATTERN) / 2 * group_count(PATTERN, in_features);
+  const int64_t row_meta = meta_row_bytes(PATTERN, in_features);
   const int rows = static_cast<int>(std::min<int64_t>(BLOCK_ROWS, out_features - block * BLOCK_ROWS));
   for (int64_t chunk = 0; chunk < chunk_count(ELEMENT, in_features); ++chunk) {
     const int64_t at = block * block_bytes(ELEMENT, in_features) + chunk * chunk_bytes(ELEMENT);
@@ -36,13 +38,21 @@ void for_each_in_block(int64_t block, int64_t out_features, int64_t in_features,
     for (int row = 0; row < rows; ++row) {
       const int64_t n = block * BLOCK_ROWS + row;
       for (int slot = 0; slot < slots; ++slot) {
-        move_value(n * row_values + chunk * SLOTS + slot, at + value_offset<ELEMENT>(slot, row), row);
+        move_value(n * row_values + chunk * SLOTS + slot, at + value_offset<ELEMENT>(slot, row), slot, row);
       }
       for (int pair = 0; pair < pairs; ++pair) {
         move_codes(n * row_meta + chunk * PAIRS + pair, at + codes_offset(pair, row));
       }
     }
   }
+}
+
+// Which half of its packed byte an I4 value lies in, as a shift. Its canonical byte has the even index low.
+constexpr int packed_shift(int slot) { return slot / 4 % 2 * 4; }
+constexpr int canonical_shift(int64_t index) { return static_cast<int>(index % 2) * 4; }
+
+int32_t int4_at(const uint8_t* values, int64_t index) {
+  return static_cast<int8_t>(values[index / 2] << (4 - canonical_shift(index))) >> 4;
 }
 
 template <Element ELEMENT>
@@ -53,16 +63,23 @@ void pack_blocks(const uint8_t* values, const uint8_t* meta, int64_t out_feature
   parallel_for(0, block_count(out_features), 1, [&](int64_t first, int64_t last) {
     std::memset(packed + first * bytes, 0, (last - first) * bytes);
     for (int64_t block = first; block < last; ++block) {
-      uint32_t compensation[BLOCK_ROWS] = {};
+      uint32_t sums[BLOCK_ROWS] = {};
       for_each_in_block<ELEMENT>(
           block, out_features, in_features,
-          [&](int64_t canonical, int64_t at, int row) {
-            std::memcpy(packed + at, values + canonical * SIZE, SIZE);
-            if (ELEMENT == Element::I8) compensation[row] += 128u * static_cast<uint32_t>(int8_t(values[canonical]));
+          [&](int64_t index, int64_t at, int slot, int row) {
+            if constexpr (ELEMENT == Element::I4) {
+              const int32_t value = int4_at(values, index);
+              packed[at] |= static_cast<uint8_t>((value & 15) << packed_shift(slot));
+              sums[row] += static_cast<uint32_t>(value);
+            } else {
+              std::memcpy(packed + at, values + index * SIZE, SIZE);
+              if (ELEMENT == Element::I8) sums[row] += static_cast<uint32_t>(static_cast<int8_t>(values[index]));
+            }
           },
-          [&](int64_t canonical, int64_t at) { packed[at] = meta[canonical]; });
-      if (ELEMENT == Element::I8) {
-        std::memcpy(packed + (block + 1) * bytes - COMPENSATION_BYTES, compensation, COMPENSATION_BYTES);
+          [&](int64_t index, int64_t at) { packed[at] = meta[index]; });
+      if (is_integer(ELEMENT)) {
+        for (uint32_t& sum : sums) sum *= compensation_factor(ELEMENT);
+        std::memcpy(packed + (block + 1) * bytes - COMPENSATION_BYTES, sums, COMPENSATION_BYTES);
       }
     }
   });
@@ -76,46 +93,54 @@ void unpack_blocks(const uint8_t* packed, int64_t out_features, int64_t in_featu
     for (int64_t block = first; block < last; ++block) {
       for_each_in_block<ELEMENT>(
           block, out_features, in_features,
-          [&](int64_t canonical, int64_t at, int) { std::memcpy(values + canonical * SIZE, packed + at, SIZE); },
-          [&](int64_t canonical, int64_t at) { meta[canonical] = packed[at]; });
+          [&](int64_t index, int64_t at, int slot, int) {
+            if constexpr (ELEMENT == Element::I4) {  // in order: the even index first, which clears the byte
+              const int value = packed[at] >> packed_shift(slot) & 15, shift = canonical_shift(index);
+              values[index / 2] = static_cast<uint8_t>((shift ? values[index / 2] : 0) | value << shift);
+            } else {
+              std::memcpy(values + index * SIZE, packed + at, SIZE);
+            }
+          },
+          [&](int64_t index, int64_t at) { meta[index] = packed[at]; });
     }
   });
 }
 
+// Calls run.operator()<ELEMENT>() for the weight's element type.
+template <class Run>
+void for_element(Element weight, const Run& run) {
+  switch (weight) {
+    case Element::F32:
+      return run.template operator()<Element::F32>();
+    case Element::F16:
+      return run.template operator()<Element::F16>();
+    case Element::BF16:
+      return run.template operator()<Element::BF16>();
+    case Element::I8:
+      return run.template operator()<Element::I8>();
+    default:
+      return run.template operator()<Element::I4>();
+  }
+}
+
 }  // namespace
 
-int64_t packed_bytes(Element element, int64_t out_features, int64_t in_features) {
-  return block_count(out_features) * block_bytes(element, in_features) + PACKED_TAIL_BYTES;
+int64_t packed_bytes(Element weight, int64_t out_features, int64_t in_features) {
+  return block_count(out_features) * block_bytes(weight, in_features) + PACKED_TAIL_BYTES;
 }
 
-void pack(const void* values, const uint8_t* meta, Element element, int64_t out_features, int64_t in_features,
+void pack(const void* values, const uint8_t* meta, Element weight, int64_t out_features, int64_t in_features,
           uint8_t* packed) {
-  const auto bytes = static_cast<const uint8_t*>(values);
-  switch (element) {
-    case Element::F32:
-      return pack_blocks<Element::F32>(bytes, meta, out_features, in_features, packed);
-    case Element::F16:
-      return pack_blocks<Element::F16>(bytes, meta, out_features, in_features, packed);
-    case Element::BF16:
-      return pack_blocks<Element::BF16>(bytes, meta, out_features, in_features, packed);
-    default:
-      return pack_blocks<Element::I8>(bytes, meta, out_features, in_features, packed);
-  }
+  for_element(weight, [&]<Element ELEMENT>() {
+    pack_blocks<ELEMENT>(static_cast<const uint8_t*>(values), meta, out_features, in_features, packed);
+  });
 }
 
-void unpack(const uint8_t* packed, Element element, int64_t out_features, int64_t in_features, void* values,
+void unpack(const uint8_t* packed, Element weight, int64_t out_features, int64_t in_features, void* values,
             uint8_t* meta) {
-  const auto bytes = static_cast<uint8_t*>(values);
-  switch (element) {
-    case Element::F32:
-      return unpack_blocks<Element::F32>(packed, out_features, in_features, bytes, meta);
-    case Element::F16:
-      return unpack_blocks<Element::F16>(packed, out_features, in_features, bytes, meta);
-    case Element::BF16:
-      return unpack_blocks<Element::BF16>(packed, out_features, in_features, bytes, meta);
-    default:
-      return unpack_blocks<Element::I8>(packed, out_features, in_features, bytes, meta);
-  }
+  for_element(weight, [&]<Element ELEMENT>() {
+    unpack_blocks<ELEMENT>(packed, out_features, in_features, static_cast<uint8_t*>(values), meta);
+  });
 }
 
 }  // namespace sparse24::cpu

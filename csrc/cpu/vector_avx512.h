@@ -8,6 +8,7 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
+#include "csrc/cpu/activations.h"
 #include "csrc/cpu/linear.h"
 
 namespace sparse24::cpu {
@@ -56,6 +57,47 @@ SPARSE24_INLINE void store_floats(void* array, Element element, int64_t index, _
   _mm256_mask_storeu_epi16(static_cast<uint16_t*>(array) + index, mask, half);
 }
 
+// clamp(round-to-nearest-even(v / scale), -127, 127), a NaN as 0.
+SPARSE24_INLINE void store_quantized(int8_t* y, __mmask16 mask, __m512 v, __m512 scale) {
+  const __m512 quotient = _mm512_div_ps(v, scale);
+  // Clamped as floats: the conversion would make the smallest integer of what is too large, and of NaN.
+  const __m512 low = _mm512_max_ps(quotient, _mm512_set1_ps(-127));
+  const __m512i q =
+      _mm512_cvt_roundps_epi32(_mm512_min_ps(low, _mm512_set1_ps(127)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512i number = _mm512_maskz_mov_epi32(_mm512_cmp_ps_mask(quotient, quotient, _CMP_ORD_Q), q);
+  _mm_mask_storeu_epi8(y, mask, _mm512_cvtepi32_epi8(number));
+}
+
+// ---- Transposition ----
+
+// Lane j of rows[i] and lane i of rows[j] change places.
+SPARSE24_INLINE void transpose_16(__m512i (&rows)[16]) {
+  __m512i a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    a[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 4) {  // b[i + j]: column j of each 4 x 4 of the rows i to i + 3
+    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512i even_low = _mm512_shuffle_i32x4(b[j], b[j + 4], 0x88);
+    const __m512i odd_low = _mm512_shuffle_i32x4(b[j], b[j + 4], 0xdd);
+    const __m512i even_high = _mm512_shuffle_i32x4(b[j + 8], b[j + 12], 0x88);
+    const __m512i odd_high = _mm512_shuffle_i32x4(b[j + 8], b[j + 12], 0xdd);
+    rows[j] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+    rows[j + 4] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+    rows[j + 8] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
+    rows[j + 12] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+  }
+}
+
 // ---- Activations ----
 
 template <int COUNT>
@@ -70,14 +112,11 @@ SPARSE24_INLINE __m512 polynomial(__m512 t, const float (&coefficients)[COUNT]) 
 // exp(-110), which is 0: callers multiply by the NaN.
 SPARSE24_INLINE __m512 exp_negative(__m512 z, __m512 small) {
   z = _mm512_max_ps(z, _mm512_set1_ps(-110));
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(z, _mm512_set1_ps(0x1.715476p+0f)),
-                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  // ln 2 in two parts, the first short enough for n * part to be exact.
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.62e400p-1f), z);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.7f7d1cp-20f), r);
+  const __m512 n =
+      _mm512_roundscale_ps(_mm512_mul_ps(z, _mm512_set1_ps(LOG2_E)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(LN2_HIGH), z);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(LN2_LOW), r);
   r = _mm512_add_ps(r, small);
-  // exp on |r| <= ln(2) / 2: minimax with the first two terms fixed, relative error 2^-27.
-  constexpr float EXP[] = {1, 1, 0.49999994f, 0.166665196f, 0.0416684002f, 0.00836885069f, 0.00138143206f};
   return _mm512_scalef_ps(polynomial(r, EXP), n);
 }
 
@@ -90,25 +129,20 @@ SPARSE24_INLINE __m512 times_logistic(__m512 x, __m512 z) {
 }
 
 // x Phi(x), Phi the normal distribution: by its tail rather than by 1 + erf, which would cancel for x < 0.
-// With a = |x|: Phi(-a) = exp(-a^2 / 2) P(a) / Q(a), the ratio fitted for least relative error (0.8 * 2^-24) on [0,
-// 15]; beyond that Phi(-a) is 0 in float. All coefficients are positive, so neither polynomial cancels.
 SPARSE24_INLINE __m512 gelu(__m512 x) {
-  constexpr float P[] = {0.5f, 0.439281467f, 0.183967561f, 0.0408805611f, 0.00415313636f};
-  constexpr float Q[] = {1, 1.67644794f, 1.20554199f, 0.471404506f, 0.102478487f, 0.0104102574f};
   const __m512 a = _mm512_min_ps(_mm512_abs_ps(x), _mm512_set1_ps(15));  // NaN gives 15; the last product gives NaN
   const __m512 square = _mm512_mul_ps(a, a);
   const __m512 square_error = _mm512_fmsub_ps(a, a, square);
   const __m512 minus_half = _mm512_set1_ps(-0.5f);
   const __m512 e = exp_negative(_mm512_mul_ps(minus_half, square), _mm512_mul_ps(minus_half, square_error));
-  const __m512 tail = _mm512_mul_ps(e, _mm512_div_ps(polynomial(a, P), polynomial(a, Q)));
+  const __m512 tail = _mm512_mul_ps(e, _mm512_div_ps(polynomial(a, PHI_P), polynomial(a, PHI_Q)));
   const __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
   return _mm512_mul_ps(x, _mm512_mask_sub_ps(tail, static_cast<__mmask16>(~negative), _mm512_set1_ps(1), tail));
 }
 
 // x / 2 (1 + tanh u) = x logistic(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3).
 SPARSE24_INLINE __m512 gelu_tanh(__m512 x) {
-  const __m512 slope =
-      _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.0713548162726f), _mm512_set1_ps(1.59576912161f));
+  const __m512 slope = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(GELU_TANH_3), _mm512_set1_ps(GELU_TANH_1));
   return times_logistic(x, _mm512_mul_ps(x, slope));
 }
 

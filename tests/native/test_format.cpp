@@ -23,9 +23,7 @@ constexpr int64_t ROWS = 3;
 
 std::vector<Isa> isas() {
   std::vector<Isa> result;
-  for (Isa isa : {Isa::PORTABLE, Isa::AVX2, Isa::AVX512}) {
-    if (isa <= best_isa()) result.push_back(isa);
-  }
+  for (int isa = 0; isa <= static_cast<int>(best_isa()); ++isa) result.push_back(static_cast<Isa>(isa));
   return result;
 }
 

@@ -1,0 +1,72 @@
+// linear() in AVX-512 for I8 and I4 weights with float x: values become floats in registers, for all rows of a panel.
+#include "csrc/cpu/linear_avx512.h"
+
+namespace sparse24::cpu {
+namespace {
+
+// The columns of a unit of 16 that stay, for each way the groups of 2:4 (four of them) or pair 4:8 (two) lie in it.
+struct Tables {
+  uint32_t index[16], group[4][16];  // 2:4: an index has two bits, and each group starts at its column
+  uint32_t slot[2][4][16];           // pair 4:8: by group of the unit, value of the group, and code
+  float number[16];                  // of a nibble in two's complement
+  constexpr Tables() : index(), group(), slot(), number() {
+    for (int i = 0; i < 16; ++i) {
+      index[i] = 3;
+      for (int j = 0; j < 4; ++j) group[j][i] = 4 * j;
+      for (int j = 0; j < 8; ++j) {
+        slot[j / 4][j % 4][i] = 8 * (j / 4) + 2 * (j % 4 < 2 ? first_of(i) : second_of(i)) + j % 2;
+      }
+      number[i] = static_cast<float>(i < 8 ? i : i - 16);
+    }
+  }
+};
+alignas(64) constexpr Tables TABLES;
+
+// A chunk of 64 columns has 32 slots, 8 for each unit of 16 columns.
+
+struct I8FloatDot : FloatProducts {
+  static constexpr Element WEIGHT = Element::I8, PANEL = Element::F32;
+  static constexpr int STEPS = 32, UNIT_STEPS = 8;
+
+  template <bool ROOM>
+  static SPARSE24_INLINE __m512i control(const uint8_t* chunk, int step) {
+    const __m512i codes = _mm512_srli_epi32(_mm512_loadu_si512(chunk + step / 16 * CODES_BYTES), step % 16 * 2);
+    return _mm512_ternarylogic_epi32(codes, constant<ROOM>(TABLES.index), constant<ROOM>(TABLES.group[step / 2 % 4]),
+                                     0xEA);  // (codes & index) | group
+  }
+
+  static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
+    const __m512i four = _mm512_loadu_si512(chunk + 2 * CODES_BYTES + step / 4 * 64);
+    const __m512i top = step % 4 == 3 ? four : _mm512_slli_epi32(four, 24 - step % 4 * 8);
+    return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_srai_epi32(top, 24)));
+  }
+};
+
+struct I4FloatDot : FloatProducts {
+  static constexpr Element WEIGHT = Element::I4, PANEL = Element::F32;
+  static constexpr int STEPS = 32, UNIT_STEPS = 8;
+
+  // vpermd and vpermps read the low four bits of each lane: a code, a nibble.
+  template <bool ROOM>
+  static SPARSE24_INLINE __m512i control(const uint8_t* chunk, int step) {
+    const __m512i codes = _mm512_srli_epi32(_mm512_loadu_si512(chunk), step / 4 * 4);
+    return _mm512_permutexvar_epi32(codes, constant<ROOM>(TABLES.slot[step / 4 % 2][step % 4]));
+  }
+
+  static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
+    const __m512i eight = _mm512_loadu_si512(chunk + CODES_BYTES + step / 8 * 64);  // of two groups
+    const __m512i nibbles = _mm512_srli_epi32(eight, step % 4 * 8 + step / 4 % 2 * 4);
+    return _mm512_castps_si512(_mm512_permutexvar_ps(nibbles, _mm512_load_ps(TABLES.number)));
+  }
+};
+
+constexpr Kernels I8_KERNELS = kernels_of<I8FloatDot>(pack_floats<false>);
+constexpr Kernels I4_KERNELS = kernels_of<I4FloatDot>(pack_floats<false>);
+
+}  // namespace
+
+const Kernels* avx512_weight_only_kernels(Element weight) {
+  return weight == Element::I8 ? &I8_KERNELS : weight == Element::I4 ? &I4_KERNELS : nullptr;
+}
+
+}  // namespace sparse24::cpu

@@ -1,0 +1,314 @@
+"""SparseConv2d: nn.Conv2d with a 2:4 weight, or an int4 one in pair 4:8."""
+
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse24 import ops
+from sparse24.rounding import fake_quantize
+from sparse24.sparse_module import SparseModule, autocast_dtype
+
+MIN_CHANNELS = 4  # of a group of the convolution: a group of the pattern
+AXES = ("channels", "patch")
+
+
+def as_matrix(weight: Tensor, axis: str) -> Tensor:
+    """A conv weight [O, C, R, S] as the matrix whose rows the pattern cuts into groups.
+
+    axis: "channels", [O * R * S, C], or "patch", [O, C * R * S].
+    """
+    return weight.flatten(1) if axis == "patch" else weight.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def from_matrix(matrix: Tensor, shape: tuple[int, ...], axis: str) -> Tensor:
+    """The inverse of as_matrix for a weight of this shape."""
+    out_channels, channels, height, width = shape
+    if axis == "patch":
+        return matrix.view(shape)
+    return matrix.view(out_channels, height, width, channels).permute(0, 3, 1, 2)
+
+
+def axis_of(conv: nn.Conv2d) -> tuple[str, str]:
+    """The axis along which a convolution is pruned, and "" or the reason why it has to stay dense."""
+    if conv.in_channels // conv.groups >= MIN_CHANNELS:
+        return "channels", ""
+    if _is_patch(conv):
+        return "patch", ""
+    return "channels", f"it has {conv.in_channels // conv.groups} input channels a group; a group of 2:4 is four"
+
+
+def _is_patch(conv: Any) -> bool:
+    """Whether each input pixel meets the kernel exactly once, at no padding."""
+    no_padding = conv.padding == "valid" or tuple(_pair(conv.padding) if conv.padding != "same" else (1,)) == (0, 0)
+    return bool(conv.kernel_size == conv.stride and no_padding and conv.dilation == (1, 1) and conv.groups == 1)
+
+
+class SparseConv2d(SparseModule):
+    """y = activation(conv2d(x, W) + bias), W [out_channels, in_channels / groups, R, S], in 2:4.
+
+    x:      [B, in_channels, H, W] or [in_channels, H, W] of the layer's `dtype`; any under autocast, which casts it.
+            Channels last is fastest; contiguous x is read as it is, and y comes in the order of x.
+    axis:   "channels": of four adjacent input channels of a group, at each kernel position, two may stay.
+            "patch": of four adjacent columns of W as [out_channels, C * R * S]; for kernels that meet each pixel once
+            (kernel = stride, no padding): the product is a linear one over patches.
+    values: [out_channels, R, S, 2 * G], G = ceil(in_channels / groups / 4); patch: [out_channels, 2 * G],
+            G = ceil(C * R * S / 4). `dtype`, or int8; int4 uint8 with G of eight columns. Unpacked layers only.
+    meta:   the same with ceil(G / 2) uint8, two 2-bit column codes a group. Unpacked layers only.
+    scales: [out_channels] float32, one per output channel of an integer weight, else None.
+
+    stride, padding ("same" and "valid" too), dilation, groups, padding_mode: as nn.Conv2d.
+    weight_dtype: None for `dtype`, or torch.int8 or torch.int4 (pattern "pair 4:8"); then each image of x (patch: each
+    patch) is rounded to int8 by one scale as well, unless weight_only.
+    Everything else is as for SparseLinear: training of `values`, pack(), state, errors. There are kernels for the CPU
+    alone: elsewhere, and within emulate(), the layer runs dense, and report() says so.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        pattern: str = "2:4",
+        activation: str = "none",
+        weight_dtype: torch.dtype | None = None,
+        weight_only: bool = False,
+        axis: str = "channels",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = _pair(kernel_size)
+        self.stride = _pair(stride)
+        self.padding = padding if isinstance(padding, str) else _pair(padding)
+        self.dilation = _pair(dilation)
+        self.groups = groups
+        self.padding_mode = padding_mode
+        self.axis = axis
+        if axis not in AXES:
+            raise RuntimeError(f"axis must be 'channels' or 'patch'; got {axis!r}")
+        try:
+            dense = self._dense_layer(bias, "meta", torch.float32)  # nn.Conv2d knows its own rules
+        except ValueError as error:
+            raise RuntimeError(str(error)) from error
+        if axis == "patch" and not _is_patch(dense):
+            raise RuntimeError("axis 'patch' needs stride = kernel_size, no padding, dilation 1 and groups 1")
+        if axis == "channels" and in_channels // groups < MIN_CHANNELS:
+            raise RuntimeError(f"in_channels / groups must be at least 4; got {in_channels} / {groups}")
+        # What is added around x before a product that pads by zeros alone, and equally: left, right, top, bottom.
+        around: list[int] = dense._reversed_padding_repeated_twice
+        even = around[0] == around[1] and around[2] == around[3]
+        self._inner_padding = (around[2], around[0]) if even and padding_mode == "zeros" else (0, 0)
+        self._outer_padding = [] if even and padding_mode == "zeros" else around
+        self._create(bias, pattern, activation, weight_dtype, weight_only, device, dtype)
+
+    @classmethod
+    def from_dense(
+        cls,
+        conv: nn.Conv2d,
+        *,
+        pattern: str = "2:4",
+        activation: str = "none",
+        weight_dtype: torch.dtype | None = None,
+        weight_only: bool = False,
+        axis: str | None = None,
+    ) -> Self:
+        """An unpacked SparseConv2d with the weight of `conv`, copied (and rounded); its dtype, device and mode.
+
+        axis: by default "channels", and "patch" for a patch convolution of fewer than four channels.
+        Raises RuntimeError naming row, group and values where the weight does not fit the pattern; nothing is dropped.
+        """
+        axis_by_default, reason = axis_of(conv)
+        if axis is None and reason:
+            raise RuntimeError(f"the convolution has to stay dense: {reason}")
+        layer = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            conv.stride,  # type: ignore[arg-type]
+            conv.padding,  # type: ignore[arg-type]
+            conv.dilation,  # type: ignore[arg-type]
+            conv.groups,
+            conv.bias is not None,
+            conv.padding_mode,
+            pattern=pattern,
+            activation=activation,
+            weight_dtype=weight_dtype,
+            weight_only=weight_only,
+            axis=axis or axis_by_default,
+            device="meta",
+            dtype=conv.weight.dtype,
+        )
+        layer._take(conv.weight, conv.bias)
+        return layer.train(conv.training)
+
+    # ---- the weight
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
+
+    def _rows(self) -> tuple[int, ...]:
+        return (self.out_channels,) if self.axis == "patch" else (self.out_channels, *self.kernel_size)
+
+    def _features(self) -> int:
+        _, channels, height, width = self._weight_shape()
+        return channels * height * width if self.axis == "patch" else channels
+
+    def _as_matrix(self, weight: Tensor) -> Tensor:
+        return as_matrix(weight, self.axis)
+
+    def _from_matrix(self, matrix: Tensor) -> Tensor:
+        return from_matrix(matrix, self._weight_shape(), self.axis)
+
+    def _new_dense(self) -> nn.Module:
+        return self._dense_layer(self.bias is not None, "cpu", self.dtype)
+
+    def _dense_layer(self, bias: bool, device: str, dtype: torch.dtype) -> nn.Conv2d:
+        geometry: Any = {name: getattr(self, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+        options: Any = {"groups": self.groups, "bias": bias, "device": device, "dtype": dtype}
+        return nn.Conv2d(self.in_channels, self.out_channels, self.kernel_size, **geometry, **options)
+
+    def _pack(self, values: Tensor, meta: Tensor) -> Tensor:
+        if self.axis == "patch":
+            return ops.pack(values, meta, in_features=self._features())
+        return ops.conv2d_pack(values, meta, in_channels=self.in_channels, groups=self.groups)
+
+    def _unpack(self, packed: Tensor) -> tuple[Tensor, Tensor]:
+        if self.axis == "patch":
+            sizes = {"out_features": self.out_channels, "in_features": self._features()}
+            return ops.unpack(packed, **sizes, dtype=self.weight_dtype)
+        return ops.conv2d_unpack(
+            packed,
+            out_channels=self.out_channels,
+            in_channels=self.in_channels,
+            kernel_size=self.kernel_size,
+            groups=self.groups,
+            dtype=self.weight_dtype,
+        )
+
+    def _why_canonical(self, device: torch.device) -> str:
+        no_kernel = "" if device.type in ("cpu", "meta") else f"there is no sparse convolution on {device.type}"
+        return self._device_problem(device) or no_kernel
+
+    # ---- forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
+            raise RuntimeError(
+                f"x must be [B, {self.in_channels}, H, W] or [{self.in_channels}, H, W] to match weight "
+                f"{list(self._weight_shape())}; got {list(x.shape)}"
+            )
+        if x.dtype is not self.dtype:
+            self._check_dtype(x)
+        images = x if x.dim() == 4 else x.unsqueeze(0)
+        if self._outer_padding:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            order = torch.contiguous_format if images.is_contiguous() else torch.channels_last
+            images = F.pad(images, self._outer_padding, mode).contiguous(memory_format=order)
+        if self._buffers["packed"] is None or (ops.emulating and self._why_dense(x)):
+            y = self._dense_forward(images)
+        elif self.axis == "patch":
+            y = self._patch_forward(images)
+        else:
+            y = self._sparse_forward(images)
+        return y if x.dim() == 4 else y.squeeze(0)
+
+    def _sparse_forward(self, x: Tensor) -> Tensor:
+        packed = self._buffers["packed"]
+        assert packed is not None
+        return ops.conv2d(
+            x,
+            packed,
+            self._parameters["bias"],
+            self._buffers["scales"],
+            out_channels=self.out_channels,
+            in_channels=self.in_channels,
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            padding=self._inner_padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            dtype=self.weight_dtype,
+            activation=self.activation,
+            weight_only=self.weight_only,
+        )
+
+    def _patch_forward(self, x: Tensor) -> Tensor:
+        packed = self._buffers["packed"]
+        assert packed is not None
+        (r, s), (height, width) = self.kernel_size, x.shape[2:]
+        rows, columns = height // r, width // s
+        if rows == 0 or columns == 0:
+            raise RuntimeError(f"x must be at least as large as the kernel, {[r, s]}; got {list(x.shape)}")
+        cut = x[:, :, : rows * r, : columns * s]
+        patches = cut.reshape(-1, self.in_channels, rows, r, columns, s).permute(0, 2, 4, 1, 3, 5).flatten(3)
+        y = ops.linear(
+            patches,
+            packed,
+            self._parameters["bias"],
+            self._buffers["scales"],
+            out_features=self.out_channels,
+            in_features=self._features(),
+            dtype=self.weight_dtype,
+            activation=self.activation,
+            weight_only=self.weight_only,
+        ).permute(0, 3, 1, 2)
+        return y.contiguous() if x.is_contiguous() else y
+
+    def _why_dense(self, x: Tensor) -> str:
+        """Why forward(x) convolves with the decompressed weight; "" where it runs a sparse kernel."""
+        packed = self._buffers["packed"]
+        if packed is None:
+            return self._why_canonical(self.device) or "unpacked; call pack()"
+        # What is traced while some thread emulates is traced for that, and torch.compile traces it anew afterwards.
+        if not packed.is_meta and (torch.compiler.is_compiling() or ops.emulated_arch()):
+            return "there is no sparse convolution on a GPU yet"
+        return ""
+
+    def _dense_forward(self, x: Tensor) -> Tensor:
+        geometry: Any = (self.stride, self._inner_padding, self.dilation, self.groups)
+        if self.scales is None:
+            return ops.ACTIVATIONS[self.activation](F.conv2d(x, self._dense_weight(), self.bias, *geometry))
+        cast = autocast_dtype(x.device.type)
+        with torch.autocast(x.device.type, enabled=False):
+            x = x if cast is None else x.to(cast)
+            bias = None if self.bias is None else self.bias.float()
+            floats = x.float()
+            if not self.weight_only:
+                floats = self.fake_quantize_images(floats, self.axis, self.kernel_size)
+            y = F.conv2d(floats, self._dense_weight(), bias, *geometry)
+            return ops.ACTIVATIONS[self.activation](y).to(x.dtype)
+
+    @staticmethod
+    def fake_quantize_images(x: Tensor, axis: str, kernel_size: tuple[int, ...]) -> Tensor:
+        """x [..., C, H, W] as the kernels round it to int8, and back: image by image, or patch by patch."""
+        if axis == "channels":
+            return fake_quantize(x.flatten(-3)).view(x.shape)
+        (r, s), (height, width) = kernel_size, x.shape[-2:]
+        cut = x[..., : height // r * r, : width // s * s]
+        patches = cut.reshape(*cut.shape[:-2], height // r, r, width // s, s).movedim((-4, -2), (-5, -4))
+        rounded = fake_quantize(patches.flatten(-3)).view(patches.shape)
+        return rounded.movedim((-5, -4), (-4, -2)).reshape(cut.shape)
+
+    def extra_repr(self) -> str:
+        options = {"padding": ((0, 0), "valid"), "dilation": ((1, 1),), "groups": (1,), "padding_mode": ("zeros",)}
+        given = "".join(
+            f", {name}={getattr(self, name)}" for name, usual in options.items() if getattr(self, name) not in usual
+        )
+        sizes = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}{given}"
+        return f"{sizes}, bias={self.bias is not None}, axis={self.axis}, {self._describe()}"
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    first, second = (value, value) if isinstance(value, int) else value
+    return int(first), int(second)

@@ -1,0 +1,37 @@
+"""The library of operators (_C.so), loaded into torch."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+
+_LIBRARY = Path(__file__).with_name("_C.so")
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
+    raise ImportError(f"sparse24 needs torch >= 2.11; this is torch {torch.__version__}")
+if not _LIBRARY.exists():
+    raise ImportError(f"{_LIBRARY} is missing: build it with `make build`, or install the wheel")
+torch.ops.load_library(_LIBRARY)
+ops = torch.ops.sparse24
+if not ops.device_archs():
+    warnings.warn("this build of sparse24 has no device code: CUDA tensors are refused", stacklevel=2)
+
+
+class _Names(dict[torch.dtype, str]):
+    """How the operators call an element type; they refuse a name they do not know."""
+
+    def __missing__(self, dtype: torch.dtype) -> str:
+        return str(dtype)
+
+
+NAMES = _Names(
+    {
+        torch.float32: "float32",
+        torch.float16: "float16",
+        torch.bfloat16: "bfloat16",
+        torch.int8: "int8",
+        torch.int4: "int4",  # type: ignore[attr-defined]
+        torch.uint8: "int4",  # how int4 lies in memory
+    }
+)

@@ -1,0 +1,506 @@
+"""SparseModule: what sparse layers share: their state, its two forms, moves, copies and loading.
+
+Canonical form: `values` and `meta`, two parameters; what is saved, loaded, trained and moved (docs/format.md).
+Packed form: one uint8 buffer, the same numbers in the order of the kernels of the device that the layer is on.
+Exactly one of them is resident.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from sparse24 import ops
+from sparse24.rounding import LEVELS, quantize_rows
+from sparse24.weight import READ_ONLY, SparseWeight, TracedWeight
+
+FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]
+FLOAT32_ON_CUDA = "float32 has no sparse kernel on CUDA; half() or bfloat16() makes the layer sparse there"
+_PACKED = "a packed {} has no {}: call unpack() first, or use state_dict() and load_state_dict()"
+
+
+class SparseModule(nn.Module):
+    """State and life of a layer with a sparse weight; SparseLinear and SparseConv2d say its shapes and kernels.
+
+    values, meta: the canonical form. Unpacked layers only.
+    bias:         [outputs], `dtype`, or None.
+    scales:       [outputs] float32, one per output of an integer weight, else None. Stays float32 through .half().
+    packed:       one uint8 tensor in the order of the kernels of its device. Packed layers only.
+    """
+
+    values: nn.Parameter
+    meta: nn.Parameter
+    bias: nn.Parameter | None
+    scales: Tensor | None
+    packed: Tensor | None
+
+    def _create(
+        self,
+        bias: bool,
+        pattern: str,
+        activation: str,
+        weight_dtype: torch.dtype | None,
+        weight_only: bool,
+        device: torch.device | str | int | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Check and keep what is common, and make the tensors, empty. The sizes of the subclass are set already."""
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        weight_dtype = dtype if weight_dtype is None else weight_dtype
+        if activation not in ops.ACTIVATIONS:
+            raise RuntimeError(f"activation must be one of {', '.join(ops.ACTIVATIONS)}; got {activation!r}")
+        _check_float(dtype)
+        if weight_dtype not in (dtype, torch.int8, INT4):
+            raise RuntimeError(f"weight_dtype must be torch.int8, torch.int4 or dtype ({dtype}); got {weight_dtype}")
+        check_pattern(pattern, weight_dtype)
+        integer = weight_dtype in LEVELS
+        if weight_only and not integer:
+            raise RuntimeError(f"weight_only is for a weight_dtype of torch.int8 or torch.int4; got {weight_dtype}")
+        self.pattern = pattern
+        self.activation = activation
+        self.dtype = dtype
+        self.weight_dtype = weight_dtype
+        self.weight_only = weight_only
+        self._frozen = False  # pack() was called: hold the packed form wherever the device has one
+
+        shapes = self._shapes()
+        values = torch.empty(shapes["values"], dtype=_storage(weight_dtype), device=device)
+        self.values = nn.Parameter(values, requires_grad=not integer)
+        meta = torch.empty(shapes["meta"], dtype=torch.uint8, device=device)
+        self.meta = nn.Parameter(meta, requires_grad=False)
+        outputs = shapes["bias"]
+        bias_vector = nn.Parameter(torch.empty(outputs, dtype=dtype, device=device)) if bias else None
+        self.register_parameter("bias", bias_vector)
+        scales = torch.empty(outputs, dtype=torch.float32, device=device) if integer else None
+        self.register_buffer("scales", scales)
+        self.register_buffer("packed", None, persistent=False)
+        if not values.is_meta:
+            self.reset_parameters()
+
+    # ---- what a subclass says
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        """Of the dense weight, outputs first."""
+        raise NotImplementedError
+
+    def _rows(self) -> tuple[int, ...]:
+        """The shape of the rows of the matrix that the pattern cuts into groups, outputs first."""
+        raise NotImplementedError
+
+    def _features(self) -> int:
+        """The columns of that matrix."""
+        raise NotImplementedError
+
+    def _as_matrix(self, weight: Tensor) -> Tensor:
+        """That matrix of a dense weight."""
+        raise NotImplementedError
+
+    def _from_matrix(self, matrix: Tensor) -> Tensor:
+        """The inverse of _as_matrix."""
+        raise NotImplementedError
+
+    def _new_dense(self) -> nn.Module:
+        """A dense layer of the same sizes on the CPU, freshly initialised."""
+        raise NotImplementedError
+
+    def _pack(self, values: Tensor, meta: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _unpack(self, packed: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def _why_canonical(self, device: torch.device) -> str:
+        """Why the weight stays in canonical form and runs dense on a device; "" where it is packed."""
+        raise NotImplementedError
+
+    def _device_problem(self, device: torch.device) -> str:
+        return device_problem(device, self.weight_dtype)
+
+    # ---- the weight
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        # Values of a group: two elements, or for int4 four in two bytes.
+        groups = -(-self._features() // (8 if self.weight_dtype is INT4 else 4))
+        rows, outputs = self._rows(), self._weight_shape()[:1]
+        return {"values": (*rows, 2 * groups), "meta": (*rows, -(-groups // 2)), "bias": outputs, "scales": outputs}
+
+    def reset_parameters(self) -> None:
+        """Start afresh: the initial weight and bias of the dense layer, pruned by magnitude (and rounded)."""
+        dense = self._new_dense()
+        matrix = self._as_matrix(dense.get_parameter("weight").detach())
+        matrix = torch.where(ops.prune_mask(matrix, self.pattern), matrix, 0)
+        state = self._state_of(self._from_matrix(matrix))
+        if self.bias is not None:
+            state["bias"] = dense.get_parameter("bias").detach()
+        self.load_state_dict(state)
+
+    def _take(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Take over the weight, which fits the pattern, and the bias of a dense layer; a layer on the meta device."""
+        state = {name: tensor.to(weight.device) for name, tensor in self._state_of(weight.detach().cpu()).items()}
+        if bias is not None:
+            state["bias"] = bias.detach().clone()
+        self.load_state_dict(state, assign=True)
+        if self.bias is not None and bias is not None:
+            self.bias.requires_grad_(bias.requires_grad)
+
+    def _state_of(self, weight: Tensor) -> dict[str, Tensor]:
+        """values, meta and scales of a dense weight on the CPU. Raises RuntimeError where it does not fit."""
+        state = {}
+        if self.weight_dtype in LEVELS:
+            q, scale = quantize_rows(weight.float().flatten(1), LEVELS[self.weight_dtype])
+            _check_finite(scale, self.weight_dtype)
+            weight, state["scales"] = q.to(torch.int8).view(weight.shape), scale.squeeze(-1)
+        matrix = self._as_matrix(weight).contiguous()
+        values, meta = ops.compress(ops.pack_int4(matrix) if self.weight_dtype is INT4 else matrix, self.pattern)
+        shapes = self._shapes()
+        return state | {"values": values.view(shapes["values"]), "meta": meta.view(shapes["meta"])}
+
+    def _dense_weight(self) -> Tensor:
+        """W decompressed: `dtype`, differentiable in float values; or float32 and scaled, of an integer layer."""
+        values, meta = self._canonical()
+        by_torch = self._device_problem(values.device)
+        decompress = _decompress_by_torch if by_torch else ops.decompress
+        rows = (values.flatten(0, -2), meta.flatten(0, -2))
+        matrix = decompress(*rows, in_features=self._features(), pattern=self.pattern)
+        if self.weight_dtype is INT4 and not by_torch:
+            matrix = ops.unpack_int4(matrix)[:, : self._features()]
+        weight = self._from_matrix(matrix)
+        if self.scales is None:
+            return weight
+        return weight * self.scales.view(-1, *[1] * (weight.dim() - 1))
+
+    def _detached_weight(self) -> Tensor:
+        return self._dense_weight().detach().to(self.dtype)
+
+    # ---- the two forms
+
+    def pack(self) -> Self:
+        """Freeze: values and meta give way to the packed form, which runs sparse. Returns self.
+
+        Moves repack it for where the layer comes. Where nothing sparse can run (float32 on CUDA, a device without
+        kernels, a driver too old) the canonical form stays, frozen, and runs dense until the next move.
+        """
+        self._frozen = True
+        self._settle()
+        return self
+
+    def unpack(self) -> Self:
+        """The exact inverse of pack(): values (trainable if float) and meta are parameters again. Returns self."""
+        self._thaw()
+        self._frozen = False
+        self.values.requires_grad_(self.weight_dtype not in LEVELS)
+        return self
+
+    @torch.no_grad()
+    def quantize(self, dtype: torch.dtype = torch.int8, *, weight_only: bool = False) -> Self:
+        """Round a float weight to int8 per output, in place (quantize_rows). Returns self.
+
+        weight_only: x will be multiplied as it is. Raises RuntimeError, and changes nothing, where an output's weights
+        are not finite, or for int4, whose pairs of columns this weight does not keep.
+        """
+        if dtype is INT4:
+            raise RuntimeError(
+                f"dtype must be torch.int8 for a layer that is {self.pattern}: int4 keeps pairs of columns. "
+                "Prune the dense model to 'pair 4:8', quantize(dtype=torch.int4), then convert()"
+            )
+        if dtype is not torch.int8:
+            raise RuntimeError(f"dtype must be torch.int8; got {dtype}")
+        if self.scales is not None:
+            return self
+        values = self._canonical()[0].detach()
+        q, scale = quantize_rows(values.float().flatten(1), LEVELS[dtype])
+        if not scale.is_meta:
+            _check_finite(scale, dtype)
+        self._thaw()
+        self._parameters["values"] = nn.Parameter(q.to(torch.int8).view(values.shape), requires_grad=False)
+        self.scales = scale.squeeze(-1)
+        self.weight_dtype, self.weight_only = dtype, weight_only
+        self._settle()
+        return self
+
+    def _settle(self) -> None:
+        """Bring a frozen layer into its resident form."""
+        values, meta = self._parameters.get("values"), self._parameters.get("meta")
+        if not self._frozen or values is None or meta is None:
+            return
+        if self._why_canonical(values.device):
+            self._buffers["packed"] = None
+            values.requires_grad_(False)
+        else:
+            self._buffers["packed"] = self._pack(values.detach(), meta.detach())
+            del self._parameters["values"], self._parameters["meta"]
+
+    def _thaw(self) -> None:
+        """Bring any layer into canonical form."""
+        if self.packed is not None:
+            self._parameters = self._canonical_parameters()
+            self._buffers["packed"] = None
+
+    def _canonical_parameters(self) -> dict[str, nn.Parameter | None]:
+        """The parameters of a packed layer in canonical form, in the order of a new one, which optimisers count in."""
+        values, meta = self._canonical()
+        frozen = {"values": nn.Parameter(values, requires_grad=False), "meta": nn.Parameter(meta, requires_grad=False)}
+        return {**frozen, **self._parameters}
+
+    def _canonical(self) -> tuple[Tensor, Tensor]:
+        if self.packed is None:
+            return self.values, self.meta
+        return self._unpack(self.packed)
+
+    # ---- what others see
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, `dtype`: metadata is free, reading data decompresses, writing raises."""
+        if torch.compiler.is_compiling():
+            return self._detached_weight().as_subclass(TracedWeight)
+        return SparseWeight(self)
+
+    @property
+    def device(self) -> torch.device:
+        return (self.values if self.packed is None else self.packed).device
+
+    def _describe(self) -> str:
+        """What extra_repr says after the sizes."""
+        weight = "" if self.weight_dtype is self.dtype else f", weight_dtype={self.weight_dtype}"
+        weight += ", weight_only=True" if self.weight_only else ""
+        activation = "" if self.activation == "none" else f", activation={self.activation}"
+        return f"pattern={self.pattern}, dtype={self.dtype}{weight}{activation}, packed={self.packed is not None}"
+
+    def _check_dtype(self, x: Tensor) -> None:
+        if x.dtype is not self.dtype and autocast_dtype(x.device.type) is None:
+            raise RuntimeError(f"x must be {self.dtype}, the dtype of this layer, outside autocast; got {x.dtype}")
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("values", "meta") and self.packed is not None:
+            raise AttributeError(_PACKED.format(type(self).__name__, name))
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(READ_ONLY)
+        if name in ("values", "meta") and self._buffers.get("packed") is not None:
+            raise AttributeError(_PACKED.format(type(self).__name__, name))
+        super().__setattr__(name, value)
+
+    # ---- dtype and device moves, copies, pickles
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        _check_float(probe.dtype)
+        scales = self.scales
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            keeps_dtype = tensor is scales or not tensor.dtype.is_floating_point
+            return tensor.to(moved.device) if keeps_dtype and moved.dtype is not tensor.dtype else moved
+
+        if probe.dtype is self.dtype and probe.device == self.device:  # share_memory(), .to(where it is): bytes suffice
+            super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+            return self
+        self._thaw()
+        try:
+            super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+            self._set_dtype(probe.dtype)
+        finally:
+            self._settle()
+        return self
+
+    def _set_dtype(self, dtype: torch.dtype) -> None:
+        if self.weight_dtype not in LEVELS:
+            self.weight_dtype = dtype
+        self.dtype = dtype
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if self.packed is not None:
+            state["_parameters"] = self._canonical_parameters()
+            state["_buffers"] = {**self._buffers, "packed": None}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        tensors = {name: t for name, t in [*self._parameters.items(), *self._buffers.items()] if t is not None}
+        problems = list(self._problems(tensors, self.dtype))
+        if problems:
+            raise RuntimeError(f"this pickled {type(self).__name__} is damaged: " + "; ".join(problems))
+        self._settle()
+
+    # ---- state_dict
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.packed is not None:
+            values, meta = self._canonical()
+            destination[prefix + "values"] = values
+            destination[prefix + "meta"] = meta
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        names = ["values", "meta"]
+        names += ["bias"] if self.bias is not None else []
+        names += ["scales"] if self.scales is not None else []
+        if strict:
+            missing_keys += [prefix + name for name in names if prefix + name not in state_dict]
+            known = {prefix + name for name in names}
+            unexpected_keys += [key for key in state_dict if key.startswith(prefix) and key not in known]
+        incoming = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+
+        dtype = self.dtype
+        if assign:  # the state's float type replaces the layer's, as it does in nn.Module
+            source = incoming.get("values" if self.scales is None else "bias")
+            dtype = source.dtype if isinstance(source, Tensor) and source.dtype in FLOAT_TYPES else dtype
+        problems = list(self._problems(incoming, dtype))
+        if not assign and self.device.type == "meta" and incoming:
+            problems.append("the layer is on the meta device; load with assign=True, or call to_empty() first")
+        elif not assign and any(t.is_meta for t in incoming.values() if isinstance(t, Tensor)):
+            problems.append("the state is on the meta device and has no data")
+        error_msgs += [prefix + problem for problem in problems]
+        if not problems:
+            self._accept(incoming, dtype, assign)
+
+    def _problems(self, incoming: dict[str, Any], dtype: torch.dtype) -> Iterator[str]:
+        """What is wrong with these canonical tensors as the state of this layer, with `dtype` as its float type."""
+        dtypes = {
+            "values": dtype if self.scales is None else _storage(self.weight_dtype),
+            "meta": torch.uint8,
+            "bias": dtype,
+            "scales": torch.float32,
+        }
+        sound = True
+        for name, tensor in incoming.items():
+            shape = self._shapes()[name]
+            if not isinstance(tensor, Tensor):
+                yield f"{name} must be a Tensor; got {type(tensor).__name__}"
+            elif tensor.shape != shape or tensor.dtype is not dtypes[name]:
+                yield f"{name} must be {list(shape)} {dtypes[name]}; got {list(tensor.shape)} {tensor.dtype}"
+            elif name == "scales" and not tensor.is_meta and not tensor.isfinite().all():
+                row = int(tensor.isfinite().logical_not().nonzero()[0])
+                yield f"scales must be finite; got {tensor[row].item()} in row {row}"
+            else:
+                continue
+            sound = False
+        parts = ["values", "meta"] + (["scales"] if self.scales is not None else [])
+        absent = [name for name in parts if name not in incoming]
+        if 0 < len(absent) < len(parts):
+            yield f"{', '.join(parts)} belong together; {' and '.join(absent)} did not come"
+        elif sound and "values" in incoming and not incoming["values"].is_meta and not incoming["meta"].is_meta:
+            values, meta = (_whole(incoming[name]).cpu().flatten(0, -2) for name in ("values", "meta"))
+            try:
+                ops.validate(values, meta, in_features=self._features(), pattern=self.pattern)
+            except RuntimeError as error:
+                yield f"{'values' if str(error).startswith('values') else 'meta'}: {error}"
+
+    @torch.no_grad()
+    def _accept(self, incoming: dict[str, Tensor], dtype: torch.dtype, assign: bool) -> None:
+        """Take checked tensors over: copied into what there is, or put in its place if assigned or absent (packed)."""
+        device = self.device
+        self._set_dtype(dtype)
+        for name, tensor in incoming.items():
+            if name == "scales":
+                store: dict[str, Any] = self._buffers
+            else:
+                store = self._parameters
+            current = store.get(name)
+            if current is not None and not assign:
+                current.copy_(tensor)
+                continue
+            tensor = tensor if assign else tensor.to(device)
+            if name != "scales":
+                trainable = current is not None and current.requires_grad
+                same = isinstance(tensor, nn.Parameter)
+                tensor = tensor.requires_grad_(trainable) if same else nn.Parameter(tensor.detach(), trainable)
+            store[name] = tensor
+        if "values" in incoming:
+            self._settle()
+
+
+def device_problem(device: torch.device, weight_dtype: torch.dtype) -> str:
+    """Why none of our kernels can run on a device, or ""; the first to meet a reason is warned."""
+    return "" if device.type in ("cpu", "meta") else _accelerator_problem(device, weight_dtype)
+
+
+def _accelerator_problem(device: torch.device, weight_dtype: torch.dtype) -> str:
+    if device.type != "cuda":
+        problem = f"there are no kernels for {device.type}"
+    else:
+        problem = ops.device_problem(device, weight_dtype)
+    if problem and _warned.setdefault((device, problem), token := object()) is token:  # once, in any number of threads
+        warnings.warn(f"sparse24 runs dense on {device}: {problem}", stacklevel=2)
+    return problem
+
+
+# What torch.compiler.assume_constant_result does, which would import torch._dynamo: seconds at every import of ours.
+_accelerator_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+_warned: dict[tuple[torch.device, str], object] = {}
+
+
+def _decompress_by_torch(values: Tensor, meta: Tensor, *, in_features: int, pattern: str) -> Tensor:
+    """ops.decompress, by nothing but operators of torch."""
+    columns = ops.columns_of(meta, in_features=in_features, pattern=pattern)
+    if pattern == "pair 4:8":
+        values = ops.unpack_int4(values)
+    padded = values.new_zeros((values.shape[0], 2 * values.shape[1]))
+    return padded.scatter(1, columns, values)[:, :in_features]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor, detached; all of it where FSDP has sharded it."""
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.detach()
+
+
+def check_pattern(pattern: str, weight_dtype: torch.dtype) -> None:
+    """Raises RuntimeError unless a layer with weights of this element type can run the pattern."""
+    if weight_dtype is INT4:
+        if pattern != "pair 4:8":
+            raise RuntimeError(f"pattern must be 'pair 4:8' for an int4 weight; got {pattern!r}")
+    elif pattern == "pair 4:8":
+        raise RuntimeError(
+            f"pattern must be '2:4' or '1:2' for a {_name(weight_dtype)} weight; 'pair 4:8' is for int4: "
+            "quantize(dtype=torch.int4) before convert()"
+        )
+    elif pattern not in ("2:4", "1:2"):
+        raise RuntimeError(f"pattern must be '2:4' or '1:2'; got {pattern!r}")
+
+
+def _check_finite(scale: Tensor, dtype: torch.dtype) -> None:
+    if not scale.isfinite().all():
+        row = int(scale.isfinite().logical_not().nonzero()[0, 0])
+        raise RuntimeError(f"a weight must be finite to become {_name(dtype)}; row {row} is not")
+
+
+def _storage(weight_dtype: torch.dtype) -> torch.dtype:
+    return torch.uint8 if weight_dtype is INT4 else weight_dtype
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast makes of x on such a device, or None where it is off."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _check_float(dtype: torch.dtype) -> None:
+    if dtype not in FLOAT_TYPES:
+        raise RuntimeError(f"dtype must be float32, float16 or bfloat16; got {dtype}")
