@@ -15,6 +15,7 @@
 #include "csrc/cpu/linear.h"
 #include "csrc/cpu/parallel.h"
 #include "csrc/operands.h"
+#include "csrc/ops_dense.h"
 #include "csrc/ops_device.h"
 #include "kernels/packed.cuh"
 
@@ -46,6 +47,14 @@ STABLE_TORCH_LIBRARY(sparse24, m) {
       "conv2d(Tensor x, Tensor packed, Tensor? bias, Tensor? scales, Tensor? x_scales, Tensor? residual, "
       "Tensor? y_scale, SymInt out_channels, SymInt in_channels, int[] kernel_size, int[] stride, int[] padding, "
       "int[] dilation, int groups, str dtype, str activation, bool weight_only, str out_dtype) -> Tensor");
+  // csrc/ops_choice.cpp
+  m.def("cpu_name() -> str");
+  m.def("cpu_kernels(str dtype, bool weight_only, str x_dtype) -> str");
+  m.def(
+      "cpu_choice(str dtype, bool weight_only, str x_dtype, int tokens, int out_features, int in_features) -> "
+      "(str, str)");
+  m.def("force_cpu_kernels(str kernels) -> ()");  // of this thread; "" ends it
+  m.def("set_tuned_kernels(str table) -> ()");
   m.def("cpu_isa() -> str");
   m.def("force_cpu_isa(str isa) -> ()");
   m.def("device_archs() -> str");
@@ -278,8 +287,8 @@ std::tuple<Tensor, Tensor> unpack(const Tensor& packed, int64_t out_features, in
 
 Tensor multiply(const LinearOperands& in, const uint8_t* packed) {
   const Tensor y = empty_like_device(in.x, in.y_shape, in.y_type);
-  cpu::linear({in.x.const_data_ptr(), in.x_stride, element_of("x", in.x_type), packed, in.element, in.weight_only,
-               in.in_features, in.epilogue(y)});
+  linear_by_choice({in.x.const_data_ptr(), in.x_stride, element_of("x", in.x_type), packed, in.element, in.weight_only,
+                    in.in_features, in.epilogue(y)});
   return y;
 }
 

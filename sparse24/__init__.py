@@ -11,6 +11,7 @@ from sparse24.ops import compress, decompress, prune_compress, prune_mask, valid
 from sparse24.pruning import prune
 from sparse24.quantization import quantize
 from sparse24.reporting import report
+from sparse24.tuning import default_path, load_tuned, tune
 
 if TYPE_CHECKING:
     from sparse24.emulation import emulate
@@ -25,6 +26,7 @@ __all__ = [
     "decompress",
     "emulate",
     "load",
+    "load_tuned",
     "prune",
     "prune_compress",
     "prune_mask",
@@ -32,8 +34,13 @@ __all__ = [
     "quantize",
     "report",
     "save",
+    "tune",
     "validate",
 ]
+
+
+if default_path().exists():  # what tune() kept for this CPU and version
+    load_tuned()
 
 
 def __getattr__(name: str) -> Any:

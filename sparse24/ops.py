@@ -290,6 +290,39 @@ def conv2d(
     return _conv2d(x, packed, bias, scales, *fused)
 
 
+# ---- Which kernels of the CPU ----------------------------------------------------------------------------------------
+
+
+def cpu_choice(
+    *,
+    dtype: torch.dtype,
+    x_dtype: torch.dtype,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    weight_only: bool = False,
+) -> tuple[str, str]:
+    """Which kernels linear() runs on this CPU for a packed weight of element type `dtype`, and why.
+
+    The kernels are "perm", "gather" or "portable"; or "dense": the weight is decompressed, a few megabytes at a time,
+    for torch's own product.
+    """
+    return _ops.cpu_choice(_NAMES[dtype], weight_only, _NAMES[x_dtype], tokens, out_features, in_features)
+
+
+@contextmanager
+def force_cpu_kernels(kernels: str) -> Iterator[None]:
+    """Within the block, this thread's products on the CPU run these kernels (cpu_choice).
+
+    For tests and measurements. linear() raises RuntimeError where they do not exist for its element types.
+    """
+    _ops.force_cpu_kernels(kernels)
+    try:
+        yield
+    finally:
+        _ops.force_cpu_kernels("")
+
+
 # ---- The device ------------------------------------------------------------------------------------------------------
 
 

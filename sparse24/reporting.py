@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from sparse24 import ops
 from sparse24.conv import SparseConv2d, axis_of
 from sparse24.nn import SparseLinear
-from sparse24.sparse_module import FLOAT_TYPES, INT4, SparseModule
+from sparse24.sparse_module import FLOAT_TYPES, INT4, SparseModule, autocast_dtype
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Cost:
     expected_gain_at_m1: float | None  # dense bytes / sparse bytes, same dtype; None where the product is dense
 
 
-Row = TypeVar("Row", Outcome, Cost)
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Report(Generic[Row]):
     def __str__(self) -> str:
         if not self.rows:
             return "\n".join([self.title, "no linear layer, no convolution", *self.notes])
-        head = [field.name.replace("_", " ") for field in dataclasses.fields(self.rows[0])]
+        head = [field.name.replace("_", " ") for field in dataclasses.fields(cast(Any, self.rows[0]))]
         table = [head] + [[_cell(value) for value in vars(row).values()] for row in self.rows]
         widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
         table.insert(1, ["-" * width for width in widths])
@@ -245,8 +245,21 @@ def _choice(layer: SparseModule, x: Tensor | None, tokens: int) -> tuple[str, st
         plan = ops.linear_plan(x, out_features=layer.out_features, dtype=layer.weight_dtype)
         return plan, f"packed, {where}"
     if layer.device.type == "cpu":
-        kind = "linear" if isinstance(layer, SparseLinear) else "convolution"
-        return f"sparse {kind}, {ops.cpu_isa()}", "packed"
+        if x is None:
+            return f"by M, {ops.cpu_isa()}", "packed"
+        conv = isinstance(layer, SparseConv2d) and layer.axis == "channels"
+        shape = layer._weight_shape()
+        kernel, why = ops.cpu_choice(
+            dtype=layer.weight_dtype,
+            x_dtype=autocast_dtype("cpu") or layer.dtype,
+            tokens=tokens,
+            out_features=shape[0] // layer.groups if isinstance(layer, SparseConv2d) else shape[0],
+            in_features=math.prod(shape[1:]),
+            weight_only=layer.weight_only,
+        )
+        if conv and kernel == "dense":
+            kernel, why = "sparse", "convolutions are not handed over to dense products"
+        return f"{kernel}, {ops.cpu_isa()}", f"packed; {why}"
     return "none", f"on the {layer.device.type} device"
 
 

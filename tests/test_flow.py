@@ -543,7 +543,7 @@ def test_report_tells_what_runs_each_layer() -> None:
     assert [row.pattern for row in rows.values()] == ["2:4"] * 3 + ["dense"] * 3
     assert [row.dtype for row in rows.values()] == ["float32", "int8", "float32", "float32", "float32", "float32"]
     sparse, int8 = rows["sparse"], rows["int8"]
-    assert sparse.kernel == int8.kernel == f"sparse linear, {ops.cpu_isa()}" and sparse.reason == "packed"
+    assert sparse.kernel == int8.kernel == f"perm, {ops.cpu_isa()}" and sparse.reason.startswith("packed; ")
     # Per 4 columns: 2 values and half a byte of meta. N and K are whole tiles here, so packing adds a cache line, and
     # to int8 four bytes a row.
     packed = {name: model[name].packed.nbytes for name in ("sparse", "int8")}

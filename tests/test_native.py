@@ -103,19 +103,34 @@ MUTANTS = {
     "format, AVX-512: NaNs rank by their payload": Mutant(
         "test_format", "csrc/cpu/format_avx512.cpp", "_mm512_set1_epi32(0x7f800001)", "_mm512_set1_epi32(0x7fffffff)"
     ),
-    "linear: a panel one token long": Mutant(
+    "linear: a panel one strip long": Mutant(
         "test_linear",
         "csrc/cpu/linear.cpp",
-        "while (token >= first_token(panel + 1)) ++panel;",
-        "while (token > first_token(panel + 1)) ++panel;",
+        "while (first >= panels.first_strip(panel + 1)) ++panel;",
+        "while (first > panels.first_strip(panel + 1)) ++panel;",
+    ),
+    "linear: x_scales of the next rows": Mutant(
+        "test_linear",
+        "csrc/cpu/linear.cpp",
+        "epilogue.x_scales[(token + row) *",
+        "epilogue.x_scales[(token + row + 1) *",
     ),
     "linear: compensation off by one": Mutant(
-        "test_linear", "csrc/cpu/packed.cpp", "compensation[row] += 128u *", "compensation[row] += 127u *"
+        "test_linear",
+        "csrc/cpu/packed.cpp",
+        "sum *= compensation_factor(ELEMENT)",
+        "sum *= compensation_factor(ELEMENT) - 1",
+    ),
+    "linear: the nibbles of int4 are packed the wrong way round": Mutant(
+        "test_linear", "csrc/cpu/packed.cpp", "return slot / 4 % 2 * 4; }", "return 4 - slot / 4 % 2 * 4; }"
     ),
     "linear, portable: the second code of a byte is the first": Mutant(
-        "test_linear", "csrc/cpu/linear_portable.cpp", "(codes >> slot % 4 * 2 & 3)", "(codes >> slot % 2 * 2 & 3)"
+        "test_linear", "csrc/cpu/linear_portable.cpp", "(codes >> unit % 4 * 2 & 3)", "(codes >> unit % 2 * 2 & 3)"
     ),
-    "linear, AVX-512: control of the chunk before": Mutant(
+    "linear, portable: the residual of another stride": Mutant(
+        "test_linear", "csrc/cpu/linear_portable.cpp", "m * epilogue.residual_stride + n", "m * epilogue.y_stride + n"
+    ),
+    "linear, AVX-512: the control of the next chunk is this chunk's": Mutant(
         "test_linear",
         "csrc/cpu/linear_avx512.h",
         "Dot::template control<ROOM>(w + CHUNK_BYTES, 0)",
@@ -125,9 +140,67 @@ MUTANTS = {
     "linear, AVX-512: the last columns are stored unmasked": Mutant(
         "test_linear",
         "csrc/cpu/linear_avx512.h",
-        "const __mmask16 mask = first_lanes(call.out_features - column);",
+        "const __mmask16 mask = first_lanes(features);",
         "const __mmask16 mask = first_lanes(BLOCK_ROWS);",
         "csrc/cpu/linear_avx512.cpp",
+    ),
+    "linear, AVX-512: int4 keeps the other nibble": Mutant(
+        "test_linear", "csrc/cpu/linear_avx512.cpp", "_mm512_set1_epi8(static_cast<char>(0xf0))", "_mm512_set1_epi8(-1)"
+    ),
+    "linear, AVX-512: the second group's codes in a weight alone": Mutant(
+        "test_linear", "csrc/cpu/linear_weight_only_avx512.cpp", "chunk + step / 16 * CODES_BYTES", "chunk"
+    ),
+    "linear, BF16: the pairs of int4 are swapped": Mutant(
+        "test_linear", "csrc/cpu/linear_avx512_bf16.cpp", "j % 2 == 0 ? first_of(i)", "j % 2 == 1 ? first_of(i)"
+    ),
+    "linear, AVX2: the second group of int8 is the first": Mutant(
+        "test_linear", "csrc/cpu/linear_avx2.cpp", "_mm256_set1_epi32(0x04040000)", "_mm256_set1_epi32(0x04000000)"
+    ),
+    "linear, AVX2: half a block too early": Mutant(
+        "test_linear",
+        "csrc/cpu/linear_avx2.cpp",
+        "w + group / 8 * CODES_BYTES + 32 * (begin + half)",
+        "w + group / 8 * CODES_BYTES + 32 * half",
+    ),
+    "linear, gather: a strip one row short": Mutant(
+        "test_linear", "csrc/cpu/linear_gather_avx512.cpp", "i < strip.count", "i + 1 < strip.count"
+    ),
+    "linear, gather: the first slice adds to what was there": Mutant(
+        "test_linear", "csrc/cpu/linear_gather_avx512.cpp", "first ? _mm512_setzero_ps()", "false ? _mm512_setzero_ps()"
+    ),
+    "choice: what lies between two winners": Mutant(
+        "test_choice", "csrc/cpu/linear_choice.cpp", " && below->kernels == above->kernels", ""
+    ),
+    "choice: forced in every thread": Mutant(
+        "test_choice", "csrc/cpu/linear_choice.cpp", "thread_local const char* forced", "const char* forced"
+    ),
+    "conv: dilation is left out": Mutant(
+        "test_conv", "csrc/cpu/conv.cpp", "position % kernel_width * call.dilation_width", "position % kernel_width"
+    ),
+    "conv: what fills a segment is not cleared": Mutant(
+        "test_conv", "csrc/cpu/conv.cpp", "        std::memset(to + channels, 0, segment - channels);\n", ""
+    ),
+    "conv: every group has the first one's bias": Mutant(
+        "test_conv", "csrc/cpu/conv.cpp", "  epilogue.bias = advance(epilogue.bias, epilogue.bias_type);\n", ""
+    ),
+    "conv: every image has the first one's scale": Mutant(
+        "test_conv", "csrc/cpu/conv.cpp", "image_scales[token / pixels]", "image_scales[0 * pixels]"
+    ),
+    "conv: units of a panel are taken for smaller": Mutant(
+        "test_conv", "csrc/cpu/conv.cpp", "== Element::BF16) ? 32 : 16;", "== Element::BF16) ? 16 : 16;"
+    ),
+    "conv, AVX-512: planes run into each other": Mutant(
+        "test_conv",
+        "csrc/cpu/linear_avx512.h",
+        "const int last = left < count - first ? first + static_cast<int>(left) : count;",
+        "const int last = left < 0 ? first + static_cast<int>(left) : count;",
+        "csrc/cpu/linear_avx512.cpp",
+    ),
+    "quantize: halves away from zero": Mutant(
+        "test_conv",
+        "csrc/cpu/quantize.cpp",
+        "clamped + 12582912.0f - 12582912.0f",
+        "clamped + (clamped < 0 ? -0.5f : 0.5f)",
     ),
 }
 
