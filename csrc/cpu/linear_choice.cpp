@@ -104,7 +104,7 @@ constexpr Rule RULES[] = {
 // Where strips of 16 rows of x are filled up by more than 2 %, what gather gains is lost again (measured on Zen 4).
 bool strips_are_full(int64_t tokens) { return (tokens + 15) / 16 * 16 * 100 <= tokens * 102; }
 
-bool fits(const Rule& rule, Machine machine, Kinds kind, const Product& product) {
+bool fits(const Rule& rule, Machine machine, Kinds kind, const LinearProduct& product) {
   return rule.machine == machine && (rule.kinds & kind) && product.tokens >= rule.min_tokens &&
          product.tokens <= rule.max_tokens && product.out_features >= rule.min_out_features &&
          product.in_features >= rule.min_in_features && (rule.path != Path::GATHER || strips_are_full(product.tokens));
