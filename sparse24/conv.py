@@ -213,10 +213,9 @@ class SparseConv2d(SparseModule):
         images = x if x.dim() == 4 else x.unsqueeze(0)
         if self._outer_padding:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            order = torch.contiguous_format if images.is_contiguous() else torch.channels_last
-            images = F.pad(images, self._outer_padding, mode).contiguous(memory_format=order)
+            images = F.pad(images, self._outer_padding, mode).contiguous(memory_format=_order(images))
         if self._buffers["packed"] is None or (ops.emulating and self._why_dense(x)):
-            y = self._dense_forward(images)
+            y = self._dense_forward(images).contiguous(memory_format=_order(images))
         elif self.axis == "patch":
             y = self._patch_forward(images)
         else:
@@ -263,7 +262,7 @@ class SparseConv2d(SparseModule):
             activation=self.activation,
             weight_only=self.weight_only,
         ).permute(0, 3, 1, 2)
-        return y.contiguous() if x.is_contiguous() else y
+        return y.contiguous(memory_format=_order(x))
 
     def _why_dense(self, x: Tensor) -> str:
         """Why forward(x) convolves with the decompressed weight; "" where it runs a sparse kernel."""
@@ -277,8 +276,9 @@ class SparseConv2d(SparseModule):
 
     def _dense_forward(self, x: Tensor) -> Tensor:
         geometry: Any = (self.stride, self._inner_padding, self.dilation, self.groups)
+        weight = self._dense_weight()
         if self.scales is None:
-            return ops.ACTIVATIONS[self.activation](F.conv2d(x, self._dense_weight(), self.bias, *geometry))
+            return ops.ACTIVATIONS[self.activation](F.conv2d(x, weight, self.bias, *geometry))
         cast = autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
             x = x if cast is None else x.to(cast)
@@ -286,7 +286,7 @@ class SparseConv2d(SparseModule):
             floats = x.float()
             if not self.weight_only:
                 floats = self.fake_quantize_images(floats, self.axis, self.kernel_size)
-            y = F.conv2d(floats, self._dense_weight(), bias, *geometry)
+            y = F.conv2d(floats, weight, bias, *geometry)
             return ops.ACTIVATIONS[self.activation](y).to(x.dtype)
 
     @staticmethod
@@ -307,6 +307,11 @@ class SparseConv2d(SparseModule):
         )
         sizes = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}{given}"
         return f"{sizes}, bias={self.bias is not None}, axis={self.axis}, {self._describe()}"
+
+
+def _order(x: Tensor) -> torch.memory_format:
+    """How y lies in memory: as x does."""
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
 
 
 def _pair(value: Any) -> tuple[int, int]:
