@@ -228,6 +228,8 @@ def _(
     extents = [
         (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
     ]
+    if min(extents) < 1:
+        raise RuntimeError(f"x must be at least as large as the kernel, {list(kernel_size)}; got {list(x.shape)}")
     shape = torch.Size((x.shape[0], out_channels, *extents))
     channels_last = (x.shape[1] <= 1 or x.stride(1) == 1) and not x.is_contiguous()
     layout = torch.channels_last if channels_last else torch.contiguous_format
