@@ -377,29 +377,34 @@ Tensor conv2d(const Tensor& x, const Tensor& packed, std::optional<Tensor> bias,
   const Tensor y = in.channels_last ? empty_strided_like_device(in.x, shape, last, in.y_type)
                                     : empty_like_device(in.x, shape, in.y_type);
   const bool unit_channels = in.x.size(1) <= 1 || in.x.stride(1) == 1;
-  cpu::conv2d(
-      {.weight = weight,
-       .packed = packed_data(packed, weight.packed_bytes(), ALIGNMENT, dtype, out_channels, weight.in_features()),
-       .weight_only = weight_only,
-       .x = in.x.const_data_ptr(),
-       .x_element = element_of("x", in.x_type),
-       .image_stride = in.x.stride(0),
-       .row_stride = in.x.stride(2),
-       .column_stride = in.x.stride(3),
-       .channel_stride = unit_channels ? 1 : in.x.stride(1),
-       .images = shape[0],
-       .height = in.x.size(2),
-       .width = in.x.size(3),
-       .stride_height = stride[0],
-       .stride_width = stride[1],
-       .padding_height = padding[0],
-       .padding_width = padding[1],
-       .dilation_height = dilation[0],
-       .dilation_width = dilation[1],
-       .out_height = shape[2],
-       .out_width = shape[3],
-       .y_planes = !in.channels_last,
-       .epilogue = in.epilogue(y)});
+  const cpu::Conv2d call{
+      .weight = weight,
+      .packed = packed_data(packed, weight.packed_bytes(), ALIGNMENT, dtype, out_channels, weight.in_features()),
+      .weight_only = weight_only,
+      .x = in.x.const_data_ptr(),
+      .x_element = element_of("x", in.x_type),
+      .image_stride = in.x.stride(0),
+      .row_stride = in.x.stride(2),
+      .column_stride = in.x.stride(3),
+      .channel_stride = unit_channels ? 1 : in.x.stride(1),
+      .images = shape[0],
+      .height = in.x.size(2),
+      .width = in.x.size(3),
+      .stride_height = stride[0],
+      .stride_width = stride[1],
+      .padding_height = padding[0],
+      .padding_width = padding[1],
+      .dilation_height = dilation[0],
+      .dilation_width = dilation[1],
+      .out_height = shape[2],
+      .out_width = shape[3],
+      .y_planes = !in.channels_last,
+      .epilogue = in.epilogue(y)};
+  if (const auto product = cpu::as_linear(call)) {
+    linear_by_choice(*product);
+  } else {
+    cpu::conv2d(call);
+  }
   return y;
 }
 

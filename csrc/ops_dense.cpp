@@ -3,6 +3,8 @@
 //   decompress the panel                                        in parallel over blocks of 16 rows
 //   sums = x panel^T                                            aten's mm
 //   y = epilogue(sums)                                          in parallel over tokens
+//
+// Where y is x panel^T with at most a bias, aten writes it in place, all tokens at once.
 #include "csrc/ops_dense.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -76,18 +78,20 @@ class DenseProduct {
     const int64_t element_bytes = element_bits(types_.element) / 8;
     w_stride_ = columns_ + ROW_GAP_BYTES / element_bytes;
     panel_blocks_ = std::clamp<int64_t>(PANEL_BYTES / (BLOCK_ROWS * w_stride_ * element_bytes), 1, blocks_);
-    batch_tokens_ = BATCH_BYTES / (columns_ * element_bytes + panel_blocks_ * BLOCK_ROWS * 4);
+    direct_ = writes_y();
+    batch_tokens_ =
+        direct_ ? call.epilogue.tokens : BATCH_BYTES / (columns_ * element_bytes + panel_blocks_ * BLOCK_ROWS * 4);
     batch_tokens_ = std::min<int64_t>(std::max(batch_tokens_, MIN_BATCH_TOKENS), call.epilogue.tokens);
     w_ = allocate(panel_blocks_ * BLOCK_ROWS * w_stride_ * element_bytes);
-    sums_ = allocate(batch_tokens_ * panel_blocks_ * BLOCK_ROWS * 4);
+    if (!direct_) sums_ = allocate(batch_tokens_ * panel_blocks_ * BLOCK_ROWS * 4);
     if (in_slices()) slice_ = allocate(batch_tokens_ * panel_blocks_ * BLOCK_ROWS * 4);
     if (!x_in_place()) {
       x_ = allocate(batch_tokens_ * columns_ * element_bytes);
       x_scales_ = std::make_unique<float[]>(batch_tokens_);
     }
     // A bias that mm adds before it rounds is not added again.
-    if (types_.sum == Number::BF16 && call_.epilogue.bias && call_.epilogue.bias_type == Number::BF16) {
-      bias_ = static_cast<const uint16_t*>(call_.epilogue.bias);
+    if (direct_ || (types_.sum == Number::BF16 && call_.epilogue.bias_type == Number::BF16)) {
+      bias_ = static_cast<const uint8_t*>(call_.epilogue.bias);
       call_.epilogue.bias = nullptr;
     }
   }
@@ -100,6 +104,7 @@ class DenseProduct {
         const int64_t end = std::min(block + panel_blocks_, blocks_);
         decode(block, end);
         multiply(first, last, block, end);
+        if (direct_) continue;
         cpu::finish_dense(call_, first, last, block, end, types_.sum, sums_.get(), (end - block) * BLOCK_ROWS,
                           x_scales_.get());
       }
@@ -110,6 +115,12 @@ class DenseProduct {
   bool x_in_place() const {
     return types_.element == call_.x_element && !(cpu::is_integer(call_.weight) && !call_.weight_only) &&
            call_.weight == call_.x_element;
+  }
+  bool writes_y() const {
+    const Epilogue& epilogue = call_.epilogue;
+    return x_in_place() && epilogue.y_type == types_.sum && call_.plane == 0 && !epilogue.residual &&
+           !epilogue.scales && epilogue.activation == Activation::NONE &&
+           (!epilogue.bias || epilogue.bias_type == types_.sum);
   }
   bool in_slices() const { return types_.sum == Number::I32 && types_.element == Element::F32; }
 
@@ -131,30 +142,36 @@ class DenseProduct {
                       });
   }
 
-  // sums [tokens, rows of the panel] of one batch and one panel.
+  // sums [tokens, rows of the panel] of one batch and one panel, or that part of y.
   void multiply(int64_t first, int64_t last, int64_t first_block, int64_t last_block) {
-    const int64_t tokens = last - first, rows = (last_block - first_block) * BLOCK_ROWS;
+    const int64_t tokens = last - first, column = first_block * BLOCK_ROWS;
+    int64_t rows = (last_block - first_block) * BLOCK_ROWS, stride = rows;
     const int64_t width = call_.in_features, element_bytes = element_bits(types_.element) / 8;
     const ScalarType type = storage_of(types_.element);
     const int64_t x_stride = x_in_place() ? call_.x_stride : columns_;
     const uint8_t* const x =
         x_in_place() ? static_cast<const uint8_t*>(call_.x) + first * x_stride * element_bytes : x_.get();
     if (in_slices()) return multiply_in_slices(tokens, rows);
+    const int64_t present = std::min<int64_t>(rows, call_.epilogue.out_features - column);
+    void* sums = sums_.get();
+    if (direct_) {
+      rows = present, stride = call_.epilogue.y_stride;
+      sums = static_cast<uint8_t*>(call_.epilogue.y) + column * element_bytes;
+    }
     const Tensor a = matrix(x, tokens, width, x_stride, type);
     const Tensor b = transposed(w_.get(), rows, width, w_stride_, type);
     if (types_.element == Element::I8) {
-      const Tensor out = matrix(sums_.get(), tokens, rows, rows, ScalarType::Int);
+      const Tensor out = matrix(sums, tokens, rows, stride, ScalarType::Int);
       STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__int_mm_out(out.get(), a.get(), b.get()));
       return;
     }
-    const Tensor out = matrix(sums_.get(), tokens, rows, rows, type);
+    const Tensor out = matrix(sums, tokens, rows, stride, type);
     if (!bias_) {
       STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
       return;
     }
-    const int64_t column = first_block * BLOCK_ROWS;
-    auto bias = std::make_unique<uint16_t[]>(rows);
-    std::copy_n(bias_ + column, std::min<int64_t>(rows, call_.epilogue.out_features - column), bias.get());
+    const auto bias = std::make_unique<uint8_t[]>(rows * element_bytes);  // zeros where W has no more rows
+    std::copy_n(bias_ + column * element_bytes, present * element_bytes, bias.get());
     const Tensor self =
         torch::stable::from_blob(bias.get(), {rows}, {1}, {torch::headeronly::DeviceType::CPU, 0}, type);
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), self.get(), a.get(), b.get(), 1, 1));
@@ -184,7 +201,8 @@ class DenseProduct {
   int64_t w_stride_, panel_blocks_, batch_tokens_;
   Memory w_, x_, sums_, slice_;
   std::unique_ptr<float[]> x_scales_;
-  const uint16_t* bias_ = nullptr;
+  bool direct_;
+  const uint8_t* bias_ = nullptr;  // of the type of the sums, where aten adds it
 };
 
 }  // namespace

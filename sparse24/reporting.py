@@ -247,7 +247,7 @@ def _choice(layer: SparseModule, x: Tensor | None, tokens: int) -> tuple[str, st
     if layer.device.type == "cpu":
         if x is None:
             return f"by M, {ops.cpu_isa()}", "packed"
-        conv = isinstance(layer, SparseConv2d) and layer.axis == "channels"
+        conv = isinstance(layer, SparseConv2d) and layer.axis == "channels" and not layer._is_one_product(x)
         shape = layer._weight_shape()
         kernel, why = ops.cpu_choice(
             dtype=layer.weight_dtype,
@@ -258,7 +258,7 @@ def _choice(layer: SparseModule, x: Tensor | None, tokens: int) -> tuple[str, st
             weight_only=layer.weight_only,
         )
         if conv and kernel == "dense":
-            kernel, why = "sparse", "convolutions are not handed over to dense products"
+            kernel, why = "sparse", "of convolutions only products of pixels as they lie are handed over to dense ones"
         return f"{kernel}, {ops.cpu_isa()}", f"packed; {why}"
     return "none", f"on the {layer.device.type} device"
 

@@ -30,6 +30,16 @@ def mlp(int8: bool = False) -> nn.Module:
     return model
 
 
+def cnn(weights: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1, stride=2), nn.ReLU(), nn.Conv2d(16, 12, 1)).eval()
+    prune(model, "pair 4:8" if "int4" in weights else "2:4")
+    if weights != "float32":
+        quantize(model, torch.int4 if "int4" in weights else torch.int8, weight_only="only" in weights)
+    convert(model)
+    return model
+
+
 def samples(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -85,6 +95,34 @@ def test_a_single_layer_is_equal_to_eager_in_either_form(form: str, weight_dtype
     grads = torch.autograd.grad(y.square().sum(), [x, *trained])
     for left, right in zip(grads, torch.autograd.grad(y2.square().sum(), [x2, *trained]), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8", "int4", "int8 only", "int4 only"])
+def test_one_graph_for_every_batch_of_images(weights: str) -> None:
+    model = cnn(weights)
+    counter = CompileCounterWithBackend(BACKEND)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for batch in (2, 5):
+            x = samples(batch, 8, 9, 7)
+            assert torch.equal(compiled(x), model(x))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int4], ids=str)
+def test_weights_alone_in_a_graph(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 8))
+    prune(model, "pair 4:8" if dtype is torch.int4 else "2:4")
+    quantize(model, dtype, weight_only=True)
+    convert(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x, x2 = samples(5, 24).requires_grad_(), samples(5, 24).requires_grad_()
+    y, y2 = compiled(x), model(x2)
+    assert torch.equal(y, y2)
+    y.square().sum().backward()
+    y2.square().sum().backward()
+    torch.testing.assert_close(x.grad, x2.grad, rtol=1e-6, atol=1e-6)
 
 
 def test_autocast_inside_a_graph() -> None:

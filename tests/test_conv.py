@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import sparse24
-from sparse24 import SparseConv2d
+from sparse24 import SparseConv2d, ops
 from sparse24.conv import as_matrix
 from sparse24.rounding import LEVELS, quantize_rows
 
@@ -382,6 +382,24 @@ def test_bad_input() -> None:
     with pytest.raises(RuntimeError, match=r"x must be at least as large as the kernel, \[3, 3\]"):
         layer(torch.zeros(1, 16, 2, 5))
     assert layer(torch.zeros(0, 16, 5, 5)).shape == (0, 8, 3, 3)
+
+
+@pytest.mark.parametrize("given", [{}, {"stride": 2}, {"padding": 1}, {"groups": 2}, {"kernel_size": 3}], ids=str)
+@pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_only_a_product_of_pixels_is_handed_over(order: torch.memory_format, given: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(16, 24, **{"kernel_size": 1, **given})
+    model = nn.Sequential(conv).eval()
+    sparse24.prune(model)
+    x = torch.randn(2, 16, 5, 6).contiguous(memory_format=order)
+    with torch.no_grad():
+        expected = conv(x)
+        sparse24.convert(model)
+        with ops.force_cpu_kernels("dense"):
+            y = model(x)
+            (row,) = sparse24.report(model, x).rows
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    assert row.kernel.startswith("dense") == (not given and order is torch.channels_last), row
 
 
 def test_from_dense_refuses_what_is_not_sparse() -> None:

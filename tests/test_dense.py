@@ -51,6 +51,25 @@ def test_dense_is_exactly_the_sparse_product(isa, dtype, m, n, k):
     assert torch.equal(product("dense", x, packed, **operands), product("portable", x, packed, **operands))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("m, n, k", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_y_written_in_place_is_exactly_the_sparse_product(isa, dtype, m, n, k, bias):
+    """With nothing but a bias after the product, aten writes y: into rows of the panel alone, all others being watched.
+
+    The numbers are small enough for every sum to be exact in bfloat16 as well.
+    """
+    torch.manual_seed(0)
+    weight = torch.zeros(n, k)
+    weight[:, torch.randperm(k)[: min(k, 16)]] = 1
+    values, meta = ops.prune_compress(weight.to(dtype))
+    operands = {"out_features": n, "in_features": k, "dtype": dtype}
+    operands["bias"] = torch.randint(-3, 4, (n,)).to(dtype) if bias else None
+    x = torch.randint(-4, 5, (m, k)).to(dtype)
+    packed = ops.pack(values, meta, in_features=k)
+    assert torch.equal(product("dense", x, packed, **operands), product("portable", x, packed, **operands))
+
+
 def test_no_nan_through_dropped_entries(isa):
     weight = torch.zeros(3, 40)
     weight[:, 1::4] = 1

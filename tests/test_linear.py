@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse24 import ops
+from sparse24.registration import pack_int4, unpack_int4
 from tests.bounds import EXACT, assert_linear
 
 ALL_ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
 ISAS = ALL_ISAS[: ALL_ISAS.index(ops.cpu_isa()) + 1]
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
-WEIGHTS = [*FLOATS, torch.int8]
+INTEGERS = [torch.int8, torch.int4]
+WEIGHTS = [*FLOATS, *INTEGERS]
 SHAPES = [(384, 152), (1024, 40), (70, 33)]  # (K, N): whole chunks, several, and tails of both
 
 
@@ -31,17 +33,22 @@ class Weight:
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, seed: int = 0, integers: bool = False) -> None:
         generator = torch.Generator().manual_seed(seed)
-        if dtype == torch.int8:
-            full = torch.randint(-128, 128, (rows, columns), generator=generator)
+        if dtype in INTEGERS:
+            limit = 128 if dtype == torch.int8 else 8
+            full = torch.randint(-limit, limit, (rows, columns), generator=generator).to(torch.int8)
         elif integers:
-            full = torch.randint(-4, 5, (rows, columns), generator=generator)
+            full = torch.randint(-4, 5, (rows, columns), generator=generator).to(dtype)
         else:
-            full = torch.randn(rows, columns, generator=generator)
+            full = torch.randn(rows, columns, generator=generator).to(dtype)
         self.dtype = dtype
-        values, meta = ops.prune_compress(full.to(dtype))
-        self.dense = ops.decompress(values, meta, in_features=columns)
+        pattern = "pair 4:8" if dtype == torch.int4 else "2:4"
+        values, meta = ops.prune_compress(pack_int4(full) if dtype == torch.int4 else full, pattern)
+        self.dense = ops.decompress(values, meta, in_features=columns, pattern=pattern)
+        if dtype == torch.int4:
+            self.dense = unpack_int4(self.dense)[:, :columns]
+        self.values, self.meta = values, meta
         self.packed = ops.pack(values, meta, in_features=columns)
-        self.scales = torch.rand(rows, generator=generator) + 0.5 if dtype == torch.int8 else None
+        self.scales = torch.rand(rows, generator=generator) + 0.5 if dtype in INTEGERS else None
 
     def linear(self, x: Tensor, bias: Tensor | None = None, activation: str = "none", **fused: object) -> Tensor:
         rows, columns = self.dense.shape
@@ -113,8 +120,9 @@ def test_integers_are_exact(isa: str, dtype: torch.dtype, x_dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("x_dtype", FLOATS, ids=str)
-def test_int8_follows_its_rule_to_the_bit(isa: str, x_dtype: torch.dtype) -> None:
-    weight = Weight(70, 1030, torch.int8)
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_rounding_of_x_follows_its_rule_to_the_bit(isa: str, dtype: torch.dtype, x_dtype: torch.dtype) -> None:
+    weight = Weight(70, 1030, dtype)
     bias = random_x(70, dtype=torch.float32, seed=3)
     x = random_x(40, 1030, dtype=x_dtype) * torch.logspace(-6, 3, 40)[:, None].to(x_dtype)
     x[3] = 0
@@ -126,6 +134,59 @@ def test_int8_follows_its_rule_to_the_bit(isa: str, x_dtype: torch.dtype) -> Non
     y = weight.linear(x, bias)
     assert torch.equal(y.isnan().all(-1), ~x.isfinite().all(-1))
     torch.testing.assert_close(y, weight.expected(x, bias).to(x_dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("x_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_weight_only(isa: str, dtype: torch.dtype, x_dtype: torch.dtype) -> None:
+    """x is not rounded: exact on whole numbers, and within the bound of a float product elsewhere."""
+    for tokens, rows, columns in [(1, 16, 32), (3, 17, 90), (9, 40, 130), (31, 33, 300)]:
+        weight = Weight(rows, columns, dtype)
+        assert weight.scales is not None
+        x = random_x(tokens, columns, dtype=x_dtype, integers=True)
+        bias = random_x(rows, dtype=x_dtype, seed=2)
+        sums = F.linear(x.double(), weight.dense.double()).float()
+        expected = sums * weight.scales + bias.float()
+        assert torch.equal(weight.linear(x, bias, weight_only=True), expected.to(x_dtype))
+        x = random_x(tokens, columns, dtype=x_dtype)
+        scaled = weight.dense.double() * weight.scales.double()[:, None]
+        for activation in EXACT:
+            assert_linear(weight.linear(x, bias, activation, weight_only=True), x, scaled, bias, activation)
+
+
+@pytest.mark.parametrize("out_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", WEIGHTS, ids=str)
+def test_residual_before_the_activation(isa: str, dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+    weight = Weight(33, 130, dtype, integers=True)
+    x = random_x(19, 130, dtype=torch.float32, integers=True)
+    bias = random_x(33, dtype=torch.float32, integers=True)
+    residual = random_x(19, 40, dtype=out_dtype, seed=5, integers=True)[:, :33]  # rows further apart than they are long
+    y = weight.linear(x, bias, "relu", residual=residual, out_dtype=out_dtype)
+    assert torch.equal(y, F.relu(weight.expected(x, bias) + residual.float()).to(out_dtype))
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+@pytest.mark.parametrize("per_token", [False, True])
+def test_int8_x_and_y(isa: str, dtype: torch.dtype, per_token: bool) -> None:
+    """x already rounded, with one scale or one a token; y as float, rounded to int8 by y_scale, or the sums alone."""
+    weight = Weight(35, 200, dtype)
+    assert weight.scales is not None
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randint(-128, 128, (21, 200), dtype=torch.int8, generator=generator)
+    sums = F.linear(x.double(), weight.dense.double())
+    x_scales = torch.rand(21 if per_token else 1, generator=generator) + 0.1
+    expected = sums.float() * (x_scales[:, None] * weight.scales)
+    given = {"x_scales": x_scales}
+    assert torch.equal(weight.linear(x, out_dtype=torch.float32, **given), expected)
+    y_scale = (expected.abs().max() / 100).reshape(1)  # so that some saturate after the bias
+    bias = (expected.abs().max() / 2).expand(35).contiguous()
+    y = weight.linear(x, bias, out_dtype=torch.int8, y_scale=y_scale, **given)
+    rounded = torch.round((expected + bias) / y_scale)
+    assert rounded.max() > 127 and torch.equal(y, rounded.clamp(-127, 127).to(torch.int8))
+    plain = ops.linear(
+        x, weight.packed, out_features=35, in_features=200, dtype=dtype, out_dtype=torch.int32
+    )  # no scales: the sums themselves
+    assert torch.equal(plain, sums.to(torch.int32))
 
 
 @pytest.mark.parametrize("activation", [name for name in EXACT if name != "none"])
@@ -222,9 +283,9 @@ def test_views(isa: str, dtype: torch.dtype, x_dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", WEIGHTS, ids=str)
 def test_pack_is_exact(dtype: torch.dtype) -> None:
     for rows, columns in [(1, 1), (16, 32), (17, 33), (40, 131)]:
-        values, meta = ops.prune_compress(Weight(rows, columns, dtype, seed=rows).dense)
-        packed = ops.pack(values, meta, in_features=columns)
-        back = ops.unpack(packed, out_features=rows, in_features=columns, dtype=dtype)
+        weight = Weight(rows, columns, dtype, seed=rows)
+        values, meta = weight.values, weight.meta
+        back = ops.unpack(weight.packed, out_features=rows, in_features=columns, dtype=dtype)
         assert torch.equal(back[0].view(torch.uint8), values.view(torch.uint8)) and torch.equal(back[1], meta)
 
 
@@ -245,7 +306,7 @@ def test_thread_counts_agree() -> None:
 
 
 def test_eight_callers_at_once() -> None:
-    weights = [Weight(64 + 9 * i, 300 + 11 * i, WEIGHTS[i % 4], seed=i, integers=True) for i in range(8)]
+    weights = [Weight(64 + 9 * i, 300 + 11 * i, WEIGHTS[i % 5], seed=i, integers=True) for i in range(8)]
 
     def work(i: int) -> bool:
         for repeat in range(30):

@@ -144,6 +144,34 @@ MUTANTS = {
         "const __mmask16 mask = first_lanes(BLOCK_ROWS);",
         "csrc/cpu/linear_avx512.cpp",
     ),
+    "linear, AVX-512: half a chunk is left out where none is filling": Mutant(
+        "test_linear",
+        "csrc/cpu/linear_avx512.h",
+        "/ (COLUMNS / 2) % 2 == 1;",
+        "/ (COLUMNS / 2) % 2 == 0;",
+        "csrc/cpu/linear_avx512.cpp",
+    ),
+    "linear, AVX-512: an int8 y reaches -128": Mutant(
+        "test_linear",
+        "csrc/cpu/vector_avx512.h",
+        "_mm512_max_ps(quotient, _mm512_set1_ps(-127))",
+        "_mm512_max_ps(quotient, _mm512_set1_ps(-128))",
+        "csrc/cpu/linear_avx512.cpp",
+    ),
+    "linear, AVX-512: halves of y are rounded up": Mutant(
+        "test_linear",
+        "csrc/cpu/vector_avx512.h",
+        "_mm512_cvt_roundps_epi32(_mm512_min_ps(low, _mm512_set1_ps(127)), _MM_FROUND_TO_NEAREST_INT",
+        "_mm512_cvt_roundps_epi32(_mm512_min_ps(low, _mm512_set1_ps(127)), _MM_FROUND_TO_POS_INF",
+        "csrc/cpu/linear_avx512.cpp",
+    ),
+    "linear, AVX-512: a weight alone is off by one": Mutant(
+        "test_linear",
+        "csrc/cpu/linear_avx512.h",
+        "(1 << (23 - AT)) + (1 << (WIDTH - 1))",
+        "(1 << (23 - AT)) + (1 << (WIDTH - 1)) + 1",
+        "csrc/cpu/linear_weight_only_avx512.cpp",
+    ),
     "linear, AVX-512: int4 keeps the other nibble": Mutant(
         "test_linear", "csrc/cpu/linear_avx512.cpp", "_mm512_set1_epi8(static_cast<char>(0xf0))", "_mm512_set1_epi8(-1)"
     ),
@@ -151,7 +179,7 @@ MUTANTS = {
         "test_linear", "csrc/cpu/linear_weight_only_avx512.cpp", "chunk + step / 16 * CODES_BYTES", "chunk"
     ),
     "linear, BF16: the pairs of int4 are swapped": Mutant(
-        "test_linear", "csrc/cpu/linear_avx512_bf16.cpp", "j % 2 == 0 ? first_of(i)", "j % 2 == 1 ? first_of(i)"
+        "test_linear", "csrc/cpu/linear_avx512_bf16.cpp", "2 * first_of(i) + j % 2", "2 * first_of(i) + 1 - j % 2"
     ),
     "linear, AVX2: the second group of int8 is the first": Mutant(
         "test_linear", "csrc/cpu/linear_avx2.cpp", "_mm256_set1_epi32(0x04040000)", "_mm256_set1_epi32(0x04000000)"
@@ -182,6 +210,27 @@ MUTANTS = {
     ),
     "conv: every group has the first one's bias": Mutant(
         "test_conv", "csrc/cpu/conv.cpp", "  epilogue.bias = advance(epilogue.bias, epilogue.bias_type);\n", ""
+    ),
+    "conv: every group has the first one's scales": Mutant(
+        "test_conv", "csrc/cpu/conv.cpp", "  if (epilogue.scales) epilogue.scales += first;\n", ""
+    ),
+    "conv: every group has the first one's residual": Mutant(
+        "test_conv",
+        "csrc/cpu/conv.cpp",
+        "  epilogue.residual = advance(epilogue.residual, epilogue.residual_type);\n",
+        "",
+    ),
+    "conv: the first row is padding": Mutant(
+        "test_conv", "csrc/cpu/conv.cpp", "const bool inside = row >= 0 &&", "const bool inside = row > 0 &&"
+    ),
+    "conv: the row after the last is not padding": Mutant(
+        "test_conv", "csrc/cpu/conv.cpp", "extent - origin, 0), dilation", "extent + 1 - origin, 0), dilation"
+    ),
+    "conv: strided kernels of one position read every pixel": Mutant(
+        "test_conv", "csrc/cpu/conv.cpp", "call.stride_width == 1 && call.padding", "call.padding"
+    ),
+    "conv: rows of x with a gap are taken for none": Mutant(
+        "test_conv", "csrc/cpu/conv.cpp", "(call.height == 1 || call.row_stride == row) &&", ""
     ),
     "conv: every image has the first one's scale": Mutant(
         "test_conv", "csrc/cpu/conv.cpp", "image_scales[token / pixels]", "image_scales[0 * pixels]"

@@ -189,31 +189,60 @@ int64_t unit_columns(const Conv2d& call) {
   return call.weight.element == Element::BF16 || (call.weight_only && call.x_element == Element::BF16) ? 32 : 16;
 }
 
-void multiply(const Conv2d& call) {
+// Whether pixels of y are pixels of x, in order and evenly apart: column_stride.
+bool is_pointwise(const Conv2d& call) {
+  const ConvWeight& weight = call.weight;
+  const bool alone = weight.kernel_height == 1 && weight.kernel_width == 1 && call.stride_height == 1 &&
+                     call.stride_width == 1 && call.padding_height == 0 && call.padding_width == 0;
+  const int64_t row = call.width * call.column_stride;
+  return alone && call.channel_stride == 1 && (call.height == 1 || call.row_stride == row) &&
+         (call.images <= 1 || call.image_stride == call.height * row);
+}
+
+bool quantizes_x(const Conv2d& call) {
+  const bool integer = call.weight.element == Element::I8 || call.weight.element == Element::I4;
+  return integer && !call.weight_only;
+}
+
+// The product of one group.
+Linear product_of(const Conv2d& call, int64_t group) {
   const ConvWeight& weight = call.weight;
   const GroupWeight one(weight);
+  const bool positions = weight.kernel_height * weight.kernel_width > 1;
+  const int64_t plane = call.y_planes ? call.out_height * call.out_width : 0;
+  const auto x = static_cast<const uint8_t*>(call.x);
+  return {.x = x + group * weight.group_channels * element_bits(call.x_element) / 8,
+          .x_stride = call.column_stride,
+          .x_element = call.x_element,
+          .packed = call.packed + group * one.packed_bytes,
+          .weight = weight.element,
+          .weight_only = call.weight_only,
+          // A kernel of one position reads the channels themselves, which no segment fills up.
+          .in_features = positions ? one.in_features : weight.group_channels,
+          .epilogue = from_channel(call.epilogue, group * one.rows, one.rows, plane ? plane : 1),
+          .plane = plane};
+}
+
+void multiply(const Conv2d& call) {
+  const ConvWeight& weight = call.weight;
   const int64_t bytes = element_bits(call.x_element) / 8, positions = weight.kernel_height * weight.kernel_width;
   const bool by_position = positions == 1 || weight.group_channels % unit_columns(call) == 0;
-  // A kernel of one position reads the channels themselves, which no segment fills up.
-  const int64_t in_features = positions == 1 ? weight.group_channels : one.in_features;
   const std::vector<uint8_t> zeros(weight.group_channels * bytes);
-  const int64_t plane = call.y_planes ? call.out_height * call.out_width : 0;
   for (int64_t group = 0; group < weight.groups; ++group) {
-    const Patches patches{call, static_cast<const uint8_t*>(call.x) + group * weight.group_channels * bytes, bytes,
-                          zeros.data()};
-    const Linear product{nullptr,        0,
-                         call.x_element, call.packed + group * one.packed_bytes,
-                         weight.element, call.weight_only,
-                         in_features,    from_channel(call.epilogue, group * one.rows, one.rows, plane ? plane : 1),
-                         plane};
-    RowSource source{nullptr, &patches, 1, in_features, 0};
+    const Linear product = product_of(call, group);
+    if (is_pointwise(call)) {
+      linear(product);
+      continue;
+    }
+    const Patches patches{call, static_cast<const uint8_t*>(product.x), bytes, zeros.data()};
+    RowSource source{nullptr, &patches, 1, product.in_features, 0};
     if (by_position) {
       source.segments = positions, source.segment_features = weight.group_channels;
       source.find = [](const void* context, int64_t token, int count, int64_t segment, uint8_t*, const void** rows) {
         static_cast<const Patches*>(context)->find_position(token, count, segment, rows);
       };
     } else {
-      source.scratch_bytes = in_features * bytes;
+      source.scratch_bytes = product.in_features * bytes;
       source.find = [](const void* context, int64_t token, int count, int64_t, uint8_t* scratch, const void** rows) {
         static_cast<const Patches*>(context)->write_rows(token, count, scratch, rows);
       };
@@ -295,6 +324,11 @@ std::unique_ptr<uint8_t[]> channels_last(const Conv2d& call) {
 
 }  // namespace
 
+std::optional<Linear> as_linear(const Conv2d& call) {
+  if (call.weight.groups != 1 || quantizes_x(call) || !is_pointwise(call)) return std::nullopt;
+  return product_of(call, 0);
+}
+
 void conv2d(const Conv2d& given) {
   Conv2d call = given;
   std::unique_ptr<uint8_t[]> copy;
@@ -304,8 +338,7 @@ void conv2d(const Conv2d& given) {
     call.column_stride = call.weight.group_channels * call.weight.groups;
     call.row_stride = call.width * call.column_stride, call.image_stride = call.height * call.row_stride;
   }
-  const bool integer = call.weight.element == Element::I8 || call.weight.element == Element::I4;
-  if (!integer || call.weight_only) return multiply(call);
+  if (!quantizes_x(call)) return multiply(call);
 
   // The product wants a scale for each token.
   Conv2d whole = call;

@@ -5,6 +5,8 @@
 // output pixel is a token; its row of x is gathered from the image when a panel is packed, so that nothing like an
 // unfolded x ever lies in memory. Groups of the convolution are products of their own.
 #pragma once
+#include <optional>
+
 #include "csrc/cpu/linear.h"
 
 namespace sparse24::cpu {
@@ -47,5 +49,9 @@ struct Conv2d {
 // I8 and I4 weights, unless weight_only: a float x is quantised image by image: s = amax / 127 over the image (1 where
 // that is 0), q as for linear(). An image that is not finite gives NaN. Padding is 0. The rest is as linear() says.
 void conv2d(const Conv2d& call);
+
+// The one product that the convolution is where pixels of x are its rows as they lie: kernels of one position, stride 1
+// and no padding, one group, and no x to be quantised image by image.
+std::optional<Linear> as_linear(const Conv2d& call);
 
 }  // namespace sparse24::cpu

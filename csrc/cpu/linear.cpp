@@ -34,8 +34,9 @@ constexpr int64_t BATCH_BYTES = 4 << 20;
 constexpr int64_t SMALL_WEIGHT_BYTES = 512 << 10;
 constexpr int64_t PANELS_PER_THREAD = 4;
 
-// The least work worth another thread, about 5 us: in vectors of W times rows, and in elements of x to pack.
-constexpr int64_t GRAIN_VECTORS = 16384;
+// The least work worth another thread, about 5 us: in dot-product instructions of 512 bits, and in elements of x to
+// pack.
+constexpr int64_t GRAIN_PRODUCTS = 8192;
 constexpr int64_t GRAIN_ELEMENTS = 65536;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -80,13 +81,15 @@ struct Product {
   const RowSource& source;
   const Kernels& kernels;
   Panels panels;
-  int64_t columns;    // of a panel
-  int64_t row_bytes;  // of a panel, per row
+  int64_t columns;         // of a panel
+  int64_t row_bytes;       // of a panel, per row
+  int64_t block_products;  // dot-product instructions of a block and a row: half the columns, 64 bytes at once
 
   Product(const Linear& call, const RowSource& source, const Kernels& kernels)
       : call(call), source(source), kernels(kernels), panels(kernels, call.epilogue.tokens) {
     columns = chunk_count(call.weight, call.in_features) * chunk_columns(call.weight);
     row_bytes = columns * element_bits(kernels.panel_element) / 8;
+    block_products = BLOCK_ROWS * row_bytes / 2 / UNIT_BYTES + 1;
   }
 
   // Packs strips [first, last) of one panel, whose strips begin at `begin`. `scales` are those of strip `first`.
@@ -185,8 +188,8 @@ void run_by_batches(const Product& product, int64_t blocks, int64_t bytes) {
         first += run;
       }
     };
-    const int64_t tile_vectors = (bytes / 64 + 1) * divide_up((end - begin) * panels.strip_rows, count);
-    parallel_for(0, blocks * count, GRAIN_VECTORS / tile_vectors + 1, multiply_tiles);
+    const int64_t tile_products = product.block_products * divide_up((end - begin) * panels.strip_rows, count);
+    parallel_for(0, blocks * count, GRAIN_PRODUCTS / tile_products + 1, multiply_tiles);
   }
 }
 
@@ -203,8 +206,8 @@ void linear(const Linear& call, const RowSource& source) {
   const int64_t blocks = block_count(epilogue.out_features), bytes = block_bytes(call.weight, call.in_features);
   const int64_t panels = product.panels.count;
   if (blocks * bytes <= SMALL_WEIGHT_BYTES && panels >= PANELS_PER_THREAD * thread_count()) {
-    const int64_t panel_vectors = blocks * (bytes / 64 + 1) * product.panels.rows(0);
-    return run_by_panels(product, blocks, GRAIN_VECTORS / panel_vectors + 1);
+    const int64_t panel_products = blocks * product.block_products * product.panels.rows(0);
+    return run_by_panels(product, blocks, GRAIN_PRODUCTS / panel_products + 1);
   }
   run_by_batches(product, blocks, bytes);
 }

@@ -11,10 +11,11 @@ namespace {
 
 // FloatDot::control: an index has two bits, and each of the four groups of a unit starts at its column.
 struct FloatTables {
-  uint32_t index[16], group[4][16];
-  constexpr FloatTables() : index(), group() {
+  uint32_t index[16], group[4][16], high_half[16];
+  constexpr FloatTables() : index(), group(), high_half() {
     for (int i = 0; i < 16; ++i) {
       index[i] = 3;
+      high_half[i] = 0xffff0000;
       for (int j = 0; j < 4; ++j) group[j][i] = 4 * j;
     }
   }
@@ -35,6 +36,7 @@ struct FloatDot : FloatProducts {
                                      0xEA);  // (codes & index) | group
   }
 
+  template <bool ROOM>
   static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
     const uint8_t* all = chunk + CODES_BYTES;
     if constexpr (ELEMENT == Element::F32) return _mm512_loadu_si512(all + 64 * step);
@@ -43,8 +45,7 @@ struct FloatDot : FloatProducts {
           _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(all + 32 * step))));
     }
     const __m512i both = _mm512_loadu_si512(all + step / 2 * 64);  // slots step & ~1 (low) and step | 1 (high)
-    return step % 2 == 0 ? _mm512_slli_epi32(both, 16)
-                         : _mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
+    return step % 2 == 0 ? _mm512_slli_epi32(both, 16) : _mm512_and_si512(both, constant<ROOM>(FLOAT_TABLES.high_half));
   }
 };
 
@@ -74,6 +75,7 @@ struct I8Dot {
     return _mm512_ternarylogic_epi32(codes, _mm512_set1_epi8(3), group, 0xEA);  // (codes & 3) | group
   }
 
+  template <bool ROOM>
   static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
     return _mm512_loadu_si512(chunk + chunk_codes_bytes(Element::I8) + 64 * step);
   }
@@ -115,6 +117,7 @@ struct I4Dot {
     return _mm512_permutexvar_epi32(codes, constant<ROOM>(I4_TABLES.pairs[step]));
   }
 
+  template <bool ROOM>
   static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
     const __m512i both = _mm512_loadu_si512(chunk + CODES_BYTES + step / 2 * 64);  // groups step & ~1 and step | 1
     const __m512i high = step % 2 == 0 ? _mm512_slli_epi32(both, 4) : both;

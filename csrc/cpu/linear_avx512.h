@@ -65,13 +65,13 @@ SPARSE24_INLINE void store_planes(const Linear& call, int64_t token, int count, 
 }
 
 // y of one block and the rows of the tile, from its sums, [rows] of float or of int32. Bias, residual, activation,
-// rounding, masked store.
+// rounding, store.
 template <bool INTEGER, Activation ACTIVATION>
-void finish(const Linear& call_in, const Tile& tile_in, int64_t block, const __m512i* sums) {
-  const Linear call = call_in;  // copies, which the stores to y cannot be taken to change
-  const Tile tile = tile_in;
-  const Epilogue& epilogue = call.epilogue;
-  const int64_t column = block * BLOCK_ROWS, features = epilogue.out_features - column;
+void finish(const Linear& call, const Tile& tile, int64_t block, const __m512i* sums) {
+  const Epilogue epilogue = call.epilogue;  // a copy, which the stores to y cannot be taken to change
+  const int64_t token = tile.first_token, column = block * BLOCK_ROWS, features = epilogue.out_features - column;
+  const int rows = tile.rows;
+  const float* const x_scales = tile.x_scales;
   const __mmask16 mask = first_lanes(features);
   const __m512 zero = _mm512_setzero_ps();
   const __m512 scales = epilogue.scales ? _mm512_maskz_loadu_ps(mask, epilogue.scales + column) : _mm512_set1_ps(1);
@@ -86,29 +86,39 @@ void finish(const Linear& call_in, const Tile& tile_in, int64_t block, const __m
     if constexpr (INTEGER) {
       const __m512i sum = _mm512_sra_epi32(_mm512_sub_epi32(sums[row], compensation), shift);
       if (epilogue.y_type == Number::I32) return sum;
-      v = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(_mm512_set1_ps(tile.x_scales[row]), scales));
+      v = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(_mm512_set1_ps(x_scales[row]), scales));
     } else {
       v = _mm512_castsi512_ps(sums[row]);
       if (epilogue.scales) v = _mm512_mul_ps(v, scales);
     }
     if (epilogue.bias) v = _mm512_add_ps(v, bias);
     if (epilogue.residual) {
-      const int64_t at = (tile.first_token + row) * epilogue.residual_stride + column;
+      const int64_t at = (token + row) * epilogue.residual_stride + column;
       v = _mm512_add_ps(v, load_floats(epilogue.residual, element_of(epilogue.residual_type), at, mask));
     }
     return _mm512_castps_si512(activate<ACTIVATION>(v));
   };
-  if (call.plane == 0) {
-    for (int row = 0; row < tile.rows; ++row) {
-      store_y(epilogue, (tile.first_token + row) * epilogue.y_stride + column, mask, value(row), y_scale);
+  if (call.plane != 0) {
+    for (int first = 0; first < rows; first += 16) {
+      const int count = rows - first < 16 ? rows - first : 16;
+      __m512i v[16] = {};
+      for (int row = 0; row < count; ++row) v[row] = value(first + row);
+      store_planes(call, token + first, count, column, features, v, y_scale);
     }
     return;
   }
-  for (int first = 0; first < tile.rows; first += 16) {
-    const int count = tile.rows - first < 16 ? tile.rows - first : 16;
-    __m512i v[16] = {};
-    for (int row = 0; row < count; ++row) v[row] = value(first + row);
-    store_planes(call, tile.first_token + first, count, column, features, v, y_scale);
+  const auto for_each_row = [&](const auto& store) SPARSE24_LAMBDA {
+    for (int row = 0; row < rows; ++row) store((token + row) * epilogue.y_stride + column, value(row));
+  };
+  // A store with a mask takes five times as long (Zen 4).
+  if (mask == 0xffff && epilogue.y_type == Number::F32) {
+    for_each_row([&](int64_t at, __m512i v)
+                     SPARSE24_LAMBDA { _mm512_storeu_si512(static_cast<float*>(epilogue.y) + at, v); });
+  } else if (mask == 0xffff && epilogue.y_type == Number::BF16) {
+    for_each_row([&](int64_t at, __m512i v)
+                     SPARSE24_LAMBDA { store_floats(epilogue.y, Element::BF16, at, 0xffff, _mm512_castsi512_ps(v)); });
+  } else {
+    for_each_row([&](int64_t at, __m512i v) SPARSE24_LAMBDA { store_y(epilogue, at, mask, v, y_scale); });
   }
 }
 
@@ -146,13 +156,15 @@ SPARSE24_INLINE void prefetch_y(const Linear& call, const Tile& tile, int64_t bl
 // throughout, whether their lanes are floats or integers.
 template <class Dot, int ROWS>
 void multiply_rows(const Linear& call, const Tile& tile) {
-  constexpr int CHUNK_BYTES = chunk_bytes(Dot::WEIGHT), LINES = CHUNK_BYTES / 64;
+  constexpr int CHUNK_BYTES = chunk_bytes(Dot::WEIGHT), LINES = CHUNK_BYTES / 64, COLUMNS = chunk_columns(Dot::WEIGHT);
   // Independent sums per output, where rows alone are too few to hide the latency of the dot product.
   constexpr int SUMS = ROWS <= 4 ? 4 : ROWS <= 8 ? 2 : 1;
   constexpr bool ROOM = ROWS * SUMS <= 16;
   const int64_t chunks = chunk_count(Dot::WEIGHT, call.in_features);
   const int64_t bytes = block_bytes(Dot::WEIGHT, call.in_features);
   const int64_t ahead = prefetch_distance<Dot::WEIGHT, ROWS>(block_count(call.epilogue.out_features) * bytes);
+  // Of the last chunk, the second half may be filling alone.
+  const bool half = (call.in_features + COLUMNS / 2 - 1) / (COLUMNS / 2) % 2 == 1;
   const Finish finish = finish_for<Dot::PANEL == Element::I8>(call.epilogue.activation);
 
   for (int64_t block = tile.first_block; block < tile.last_block; ++block) {
@@ -162,27 +174,32 @@ void multiply_rows(const Linear& call, const Tile& tile) {
 
     __m512i sums[ROWS][SUMS] = {};
     __m512i control = Dot::template control<ROOM>(w, 0);
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-#pragma GCC unroll 32
-      for (int step = 0; step < Dot::STEPS; ++step) {
-        if constexpr (ROWS >= PREFETCH_MIN_ROWS) {
-          for (int line = LINES * step / Dot::STEPS; line < LINES * (step + 1) / Dot::STEPS; ++line) {
-            __builtin_prefetch(w + ahead + 64 * line, 0, 2);
-          }
+    const auto multiply_step = [&](int step) SPARSE24_LAMBDA {
+      if constexpr (ROWS >= PREFETCH_MIN_ROWS) {
+        for (int line = LINES * step / Dot::STEPS; line < LINES * (step + 1) / Dot::STEPS; ++line) {
+          __builtin_prefetch(w + ahead + 64 * line, 0, 2);
         }
-        // One step ahead, and kept there: otherwise the FP scheduler fills with permutes that wait for their control.
-        __m512i next = step + 1 < Dot::STEPS ? Dot::template control<ROOM>(w, step + 1)
-                                             : Dot::template control<ROOM>(w + CHUNK_BYTES, 0);
-        asm volatile("" : "+v"(next));
-        const __m512i values = Dot::values(w, step);
-#pragma GCC unroll 32
-        for (int row = 0; row < ROWS; ++row) {
-          Dot::add(sums[row][step % SUMS], control, x + (step / Dot::UNIT_STEPS * ROWS + row) * UNIT_BYTES, values);
-        }
-        control = next;
       }
+      // One step ahead, and kept there: otherwise the FP scheduler fills with permutes that wait for their control.
+      __m512i next = step + 1 < Dot::STEPS ? Dot::template control<ROOM>(w, step + 1)
+                                           : Dot::template control<ROOM>(w + CHUNK_BYTES, 0);
+      asm volatile("" : "+v"(next));
+      const __m512i values = Dot::template values<ROOM>(w, step);
+#pragma GCC unroll 32
+      for (int row = 0; row < ROWS; ++row) {
+        Dot::add(sums[row][step % SUMS], control, x + (step / Dot::UNIT_STEPS * ROWS + row) * UNIT_BYTES, values);
+      }
+      control = next;
+    };
+    for (int64_t chunk = half; chunk < chunks; ++chunk) {
+#pragma GCC unroll 32
+      for (int step = 0; step < Dot::STEPS; ++step) multiply_step(step);
       w += CHUNK_BYTES;
       x += Dot::STEPS / Dot::UNIT_STEPS * ROWS * UNIT_BYTES;
+    }
+    if (half) {
+#pragma GCC unroll 32
+      for (int step = 0; step < Dot::STEPS / 2; ++step) multiply_step(step);
     }
     __m512i results[ROWS];
 #pragma GCC unroll 32
@@ -193,6 +210,40 @@ void multiply_rows(const Linear& call, const Tile& tile) {
     }
     finish(call, tile, block, results);
   }
+}
+
+// What makes floats of integers of WIDTH bits that lie at bit AT of each lane, in two cheap instructions: (lane & mask)
+// ^ bits is the float offset + integer, whose significand has a one where the integer has. From shifts and vcvtdq2ps
+// they would take three, on the pipes that permute (Zen 4).
+template <int WIDTH, int AT>
+struct FloatOf {
+  static_assert(AT + WIDTH <= 23, "the integer must lie in the significand of a float");
+  uint32_t mask[16], bits[16];
+  float offset[16];
+  constexpr FloatOf() : mask(), bits(), offset() {
+    for (int i = 0; i < 16; ++i) {
+      mask[i] = ((1u << WIDTH) - 1) << AT;
+      bits[i] = static_cast<uint32_t>(127 + 23 - AT) << 23 | 1u << (AT + WIDTH - 1);  // the sign bit is turned
+      offset[i] = static_cast<float>((1 << (23 - AT)) + (1 << (WIDTH - 1)));
+    }
+  }
+};
+template <int WIDTH, int AT>
+alignas(64) constexpr FloatOf<WIDTH, AT> FLOAT_OF;
+
+template <bool ROOM, int WIDTH, int AT>
+SPARSE24_INLINE __m512 float_of(__m512i lanes) {
+  const FloatOf<WIDTH, AT>& table = FLOAT_OF<WIDTH, AT>;
+  const __m512i sum = _mm512_ternarylogic_epi32(lanes, constant<ROOM>(table.mask), constant<ROOM>(table.bits),
+                                                0x6A);  // (lanes & mask) ^ bits
+  return _mm512_sub_ps(_mm512_castsi512_ps(sum), _mm512_castsi512_ps(constant<ROOM>(table.offset)));
+}
+
+// Byte `byte` of each lane, a two's complement number, as float.
+template <bool ROOM>
+SPARSE24_INLINE __m512 float_of_byte(__m512i lanes, int byte) {
+  const __m512i low = byte < 2 ? lanes : _mm512_srli_epi32(lanes, 16);
+  return byte % 2 == 0 ? float_of<ROOM, 8, 0>(low) : float_of<ROOM, 8, 8>(low);
 }
 
 // How a dot product of floats multiplies and sums: one column a lane.

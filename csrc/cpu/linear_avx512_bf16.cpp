@@ -45,6 +45,7 @@ struct Bf16Dot : Bf16Products {
     return _mm512_permutexvar_epi32(codes, constant<ROOM>(BF16_TABLES.columns[step]));
   }
 
+  template <bool ROOM>
   static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
     return _mm512_loadu_si512(chunk + CODES_BYTES + 64 * step);
   }
@@ -62,11 +63,11 @@ struct I8Bf16Dot : Bf16Products {
   }
 
   // Of the four bytes of a lane the low or the high two, as bfloat16, which are the high halves of the floats.
+  template <bool ROOM>
   static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
     const __m512i four = _mm512_loadu_si512(chunk + 2 * CODES_BYTES + step / 2 * 64);
-    const __m512i first = _mm512_srai_epi32(_mm512_slli_epi32(four, step % 2 == 0 ? 24 : 8), 24);
-    const __m512i second = _mm512_srai_epi32(step % 2 == 0 ? _mm512_slli_epi32(four, 16) : four, 24);
-    return join(_mm512_cvtepi32_ps(first), _mm512_cvtepi32_ps(second));
+    const int byte = step % 2 * 2;
+    return join(float_of_byte<ROOM>(four, byte), float_of_byte<ROOM>(four, byte + 1));
   }
 
   // bfloat16 pairs of floats that need no rounding.
@@ -77,23 +78,26 @@ struct I8Bf16Dot : Bf16Products {
   }
 };
 
-// I4Bf16Dot: the bfloat16 of a nibble, and the pairs of columns that a code names, each as two columns.
+// I4Bf16Dot: the bfloat16 of a nibble, and the columns of two values that a code names. vpermw reads the low five bits
+// of a half: a nibble, and whatever bit is above it.
 struct I4Tables {
-  uint32_t number[16];
-  uint16_t columns[8][16][2];  // by group of the unit (four of them) and first or second pair, then code
+  uint16_t number[32];
+  uint16_t columns[8][16][2];  // by group of the unit (four of them) and first or second of each pair, then code
   constexpr I4Tables() : number(), columns() {
     for (int i = 0; i < 16; ++i) {
-      number[i] = __builtin_bit_cast(uint32_t, static_cast<float>(i < 8 ? i : i - 16)) >> 16;
+      const auto bits = __builtin_bit_cast(uint32_t, static_cast<float>(i < 8 ? i : i - 16));
+      number[i] = number[i + 16] = static_cast<uint16_t>(bits >> 16);
       for (int j = 0; j < 8; ++j) {
-        const int pair = j % 2 == 0 ? first_of(i) : second_of(i);
-        columns[j][i][0] = static_cast<uint16_t>(8 * (j / 2) + 2 * pair);
-        columns[j][i][1] = static_cast<uint16_t>(8 * (j / 2) + 2 * pair + 1);
+        columns[j][i][0] = static_cast<uint16_t>(8 * (j / 2) + 2 * first_of(i) + j % 2);
+        columns[j][i][1] = static_cast<uint16_t>(8 * (j / 2) + 2 * second_of(i) + j % 2);
       }
     }
   }
 };
 alignas(64) constexpr I4Tables I4_TABLES;
 
+// The two values of a step are the first of both pairs of a group, or the second of both: those lie in both halves of a
+// lane, where one permute finds them.
 struct I4Bf16Dot : Bf16Products {
   static constexpr Element WEIGHT = Element::I4, PANEL = Element::BF16;
   static constexpr int STEPS = 16, UNIT_STEPS = 8;
@@ -104,14 +108,11 @@ struct I4Bf16Dot : Bf16Products {
     return _mm512_permutexvar_epi32(codes, constant<ROOM>(I4_TABLES.columns[step % 8]));
   }
 
-  // Values 2 * (step % 2) and the next of group step / 2: nibbles of the low or the high halves of two bytes.
+  template <bool ROOM>
   static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
     const __m512i eight = _mm512_loadu_si512(chunk + CODES_BYTES + step / 4 * 64);
-    const int shift = step % 2 * 16 + step / 2 % 2 * 4;
-    const __m512i table = _mm512_load_si512(I4_TABLES.number);
-    const __m512i first = _mm512_permutexvar_epi32(_mm512_srli_epi32(eight, shift), table);
-    const __m512i second = _mm512_permutexvar_epi32(_mm512_srli_epi32(eight, shift + 8), table);
-    return _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
+    const __m512i nibbles = _mm512_srli_epi16(eight, step % 2 * 8 + step / 2 % 2 * 4);
+    return _mm512_permutexvar_epi16(nibbles, constant<ROOM>(I4_TABLES.number));
   }
 };
 

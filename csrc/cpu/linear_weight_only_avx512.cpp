@@ -8,15 +8,13 @@ namespace {
 struct Tables {
   uint32_t index[16], group[4][16];  // 2:4: an index has two bits, and each group starts at its column
   uint32_t slot[2][4][16];           // pair 4:8: by group of the unit, value of the group, and code
-  float number[16];                  // of a nibble in two's complement
-  constexpr Tables() : index(), group(), slot(), number() {
+  constexpr Tables() : index(), group(), slot() {
     for (int i = 0; i < 16; ++i) {
       index[i] = 3;
       for (int j = 0; j < 4; ++j) group[j][i] = 4 * j;
       for (int j = 0; j < 8; ++j) {
         slot[j / 4][j % 4][i] = 8 * (j / 4) + 2 * (j % 4 < 2 ? first_of(i) : second_of(i)) + j % 2;
       }
-      number[i] = static_cast<float>(i < 8 ? i : i - 16);
     }
   }
 };
@@ -35,10 +33,10 @@ struct I8FloatDot : FloatProducts {
                                      0xEA);  // (codes & index) | group
   }
 
+  template <bool ROOM>
   static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
     const __m512i four = _mm512_loadu_si512(chunk + 2 * CODES_BYTES + step / 4 * 64);
-    const __m512i top = step % 4 == 3 ? four : _mm512_slli_epi32(four, 24 - step % 4 * 8);
-    return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_srai_epi32(top, 24)));
+    return _mm512_castps_si512(float_of_byte<ROOM>(four, step % 4));
   }
 };
 
@@ -53,10 +51,23 @@ struct I4FloatDot : FloatProducts {
     return _mm512_permutexvar_epi32(codes, constant<ROOM>(TABLES.slot[step / 4 % 2][step % 4]));
   }
 
+  template <bool ROOM>
   static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
     const __m512i eight = _mm512_loadu_si512(chunk + CODES_BYTES + step / 8 * 64);  // of two groups
-    const __m512i nibbles = _mm512_srli_epi32(eight, step % 4 * 8 + step / 4 % 2 * 4);
-    return _mm512_castps_si512(_mm512_permutexvar_ps(nibbles, _mm512_load_ps(TABLES.number)));
+    const int at = step % 4 * 8 + step / 4 % 2 * 4;                                 // of the nibble in its lane
+    const __m512i low = at <= 16 ? eight : _mm512_srli_epi32(eight, 16);
+    switch (at <= 16 ? at : at - 16) {
+      case 0:
+        return _mm512_castps_si512(float_of<ROOM, 4, 0>(low));
+      case 4:
+        return _mm512_castps_si512(float_of<ROOM, 4, 4>(low));
+      case 8:
+        return _mm512_castps_si512(float_of<ROOM, 4, 8>(low));
+      case 12:
+        return _mm512_castps_si512(float_of<ROOM, 4, 12>(low));
+      default:
+        return _mm512_castps_si512(float_of<ROOM, 4, 16>(low));
+    }
   }
 };
 

@@ -15,9 +15,11 @@ using cpu::ConvWeight;
 
 namespace {
 
-// One convolution of random geometry; W dense [O][R][S][C of a group], zero where it is dropped.
+// One convolution of random geometry; W dense [O][R][S][C of a group], zero where it is dropped. One in three has a
+// kernel of one position, mostly with stride 1 and no padding: there rows of x are read as they lie.
 struct Case {
   Weight weight;
+  bool point;
   Element x_element;
   ConvWeight geometry;
   Conv2d call{};
@@ -25,20 +27,21 @@ struct Case {
   Guarded<uint8_t> packed;
   bool planar_x = false;
 
-  static ConvWeight draw_weight(Element element, Random& random) {
+  static ConvWeight draw_weight(Element element, bool point, Random& random) {
     const int64_t groups = random.between(1, 3);
     return {element,
             groups * random.between(1, 20),
             random.below(3) == 0 ? 16 * random.between(1, 4) : random.between(1, 40),
-            random.between(1, 3),
-            random.between(1, 3),
+            point ? 1 : random.between(1, 3),
+            point ? 1 : random.between(1, 3),
             groups};
   }
 
   Case(Weight weight, Random& random)
       : weight(weight),
+        point(random.below(3) == 0),
         x_element(weight.rounds_x() ? Element::I8 : FLOATS[random.below(3)]),
-        geometry(draw_weight(weight.element, random)),
+        geometry(draw_weight(weight.element, point, random)),
         packed(geometry.packed_bytes(), 64) {
     call.weight = geometry;
     const ConvWeight& w = call.weight;
@@ -82,8 +85,9 @@ struct Case {
     call.x_element = x_element;
     do {
       call.images = random.between(1, 3), call.height = random.between(1, 7), call.width = random.between(1, 7);
-      call.stride_height = random.between(1, 3), call.stride_width = random.between(1, 2);
-      call.padding_height = random.between(0, 2), call.padding_width = random.between(0, 2);
+      const auto usual = [&] { return point && random.below(6) != 0; };
+      call.stride_height = usual() ? 1 : random.between(1, 3), call.stride_width = usual() ? 1 : random.between(1, 2);
+      call.padding_height = usual() ? 0 : random.between(0, 2), call.padding_width = usual() ? 0 : random.between(0, 2);
       call.dilation_height = random.between(1, 2), call.dilation_width = random.between(1, 2);
       call.out_height =
           extent(call.height, call.padding_height, call.dilation_height, w.kernel_height, call.stride_height);
@@ -124,8 +128,9 @@ struct Case {
     call.x = x.data();
 
     const int64_t outputs = w.out_channels, pixels = call.out_height * call.out_width, tokens = call.images * pixels;
-    std::vector<double> bias, residual, scales(outputs, 2), x_scales;
+    std::vector<double> bias, residual, scales, x_scales;
     for (int64_t i = 0; i < outputs; ++i) bias.push_back(static_cast<double>(random.between(-9, 9)));
+    for (int64_t i = 0; i < outputs; ++i) scales.push_back(static_cast<double>(1 << random.between(0, 3)));
     for (int64_t i = 0; i < tokens * outputs; ++i) residual.push_back(static_cast<double>(random.between(-9, 9)));
     for (int64_t i = 0; i < call.images; ++i) x_scales.push_back(static_cast<double>(i + 1));
     Array bias_array(Element::F16, bias), residual_array(Element::F32, residual), scale_array(Element::F32, scales);
@@ -158,7 +163,7 @@ struct Case {
             }
           }
         }
-        if (weight.is_integer()) sum *= 2;
+        if (weight.is_integer()) sum *= scales[o];
         if (x_element == Element::I8) sum *= x_scales[image];
         const double expected = sum + bias[o] + residual[token * outputs + o];
         const int64_t place = call.y_planes ? (image * outputs + o) * pixels + token % pixels : token * outputs + o;
