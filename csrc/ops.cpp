@@ -9,10 +9,10 @@
 #include <cstring>
 
 #include "csrc/arguments.h"
-#include "csrc/cpu/conv.h"
-#include "csrc/cpu/format.h"
+#include "csrc/cpu/conv/conv.h"
+#include "csrc/cpu/format/format.h"
 #include "csrc/cpu/isa.h"
-#include "csrc/cpu/linear.h"
+#include "csrc/cpu/linear/linear.h"
 #include "csrc/cpu/parallel.h"
 #include "csrc/operands.h"
 #include "csrc/ops_dense.h"

@@ -3,7 +3,7 @@
 
 #include "csrc/cpu/cpu_model.h"
 #include "csrc/cpu/isa.h"
-#include "csrc/cpu/linear_choice.h"
+#include "csrc/cpu/linear/linear_choice.h"
 #include "csrc/operands.h"
 
 namespace sparse24::ops {

@@ -15,7 +15,7 @@
 #include <string_view>
 
 #include "csrc/arguments.h"
-#include "csrc/cpu/linear_dense.h"
+#include "csrc/cpu/linear/linear_dense.h"
 #include "csrc/cpu/parallel.h"
 
 namespace sparse24 {

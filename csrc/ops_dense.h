@@ -1,6 +1,6 @@
 // y of a linear product on the CPU, by whatever is fastest there: the sparse kernels or a dense product of torch.
 #pragma once
-#include "csrc/cpu/linear.h"
+#include "csrc/cpu/linear/linear.h"
 
 namespace sparse24 {
 

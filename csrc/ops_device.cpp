@@ -6,7 +6,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include "csrc/cpu/linear.h"
+#include "csrc/cpu/linear/linear.h"
 #include "csrc/cuda/driver.h"
 #include "csrc/cuda/known_answer.h"
 #include "csrc/cuda/linear.h"

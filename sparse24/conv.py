@@ -275,7 +275,7 @@ class SparseConv2d(SparseModule):
         return ""
 
     def _is_one_product(self, x: Tensor) -> bool:
-        """Whether x as it lies is a matrix of pixels, and y its product: csrc/cpu/conv.h, as_linear()."""
+        """Whether x as it lies is a matrix of pixels, and y its product: csrc/cpu/conv/conv.h, as_linear()."""
         pixels = self.kernel_size == self.stride == (1, 1) and self._inner_padding == (0, 0) and self.groups == 1
         rounded = self.scales is not None and not self.weight_only
         return pixels and not rounded and _order(x if x.dim() == 4 else x.unsqueeze(0)) is torch.channels_last

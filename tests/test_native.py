@@ -95,159 +95,159 @@ MUTANTS = {
         "test_known_answer", "csrc/cuda/known_answer.cpp", "error.code == CUDA_ERROR_OUT_OF_MEMORY", "false"
     ),
     "format: the unused half byte is written": Mutant(
-        "test_format", "csrc/cpu/format.cpp", "if (row.half_meta) block.meta[row.rest.meta - 1] &= 15;", ""
+        "test_format", "csrc/cpu/format/format.cpp", "if (row.half_meta) block.meta[row.rest.meta - 1] &= 15;", ""
     ),
     "format: a slot at in_features may hold anything": Mutant(
-        "test_format", "csrc/cpu/format.cpp", "if (column >= in_features &&", "if (column > in_features &&"
+        "test_format", "csrc/cpu/format/format.cpp", "if (column >= in_features &&", "if (column > in_features &&"
     ),
     "format, AVX-512: NaNs rank by their payload": Mutant(
-        "test_format", "csrc/cpu/format_avx512.cpp", "_mm512_set1_epi32(0x7f800001)", "_mm512_set1_epi32(0x7fffffff)"
+        "test_format", "csrc/cpu/format/format_avx512.cpp", "_mm512_set1_epi32(0x7f800001)", "_mm512_set1_epi32(0x7fffffff)"
     ),
     "linear: every sixteen rows are packed as the first": Mutant(
         "test_linear",
-        "csrc/cpu/linear.cpp",
+        "csrc/cpu/linear/linear.cpp",
         "static_cast<int>(token - begin * panels.strip_rows), own_scales",
         "static_cast<int>(0 * begin), own_scales",
     ),
     "linear: x_scales of the next rows": Mutant(
         "test_linear",
-        "csrc/cpu/linear.cpp",
+        "csrc/cpu/linear/linear.cpp",
         "epilogue.x_scales[(token + row) *",
         "epilogue.x_scales[(token + row + 1) *",
     ),
     "linear: compensation off by one": Mutant(
         "test_linear",
-        "csrc/cpu/packed.cpp",
+        "csrc/cpu/linear/packed.cpp",
         "sum *= compensation_factor(ELEMENT)",
         "sum *= compensation_factor(ELEMENT) - 1",
     ),
     "linear: the nibbles of int4 are packed the wrong way round": Mutant(
-        "test_linear", "csrc/cpu/packed.cpp", "return slot / 4 % 2 * 4; }", "return 4 - slot / 4 % 2 * 4; }"
+        "test_linear", "csrc/cpu/linear/packed.cpp", "return slot / 4 % 2 * 4; }", "return 4 - slot / 4 % 2 * 4; }"
     ),
     "linear, portable: the second code of a byte is the first": Mutant(
-        "test_linear", "csrc/cpu/linear_portable.cpp", "(codes >> unit % 4 * 2 & 3)", "(codes >> unit % 2 * 2 & 3)"
+        "test_linear", "csrc/cpu/linear/linear_portable.cpp", "(codes >> unit % 4 * 2 & 3)", "(codes >> unit % 2 * 2 & 3)"
     ),
     "linear, portable: the residual of another stride": Mutant(
-        "test_linear", "csrc/cpu/linear_portable.cpp", "m * epilogue.residual_stride + n", "m * epilogue.y_stride + n"
+        "test_linear", "csrc/cpu/linear/linear_portable.cpp", "m * epilogue.residual_stride + n", "m * epilogue.y_stride + n"
     ),
     "linear, AVX-512: the control of the next chunk is this chunk's": Mutant(
         "test_linear",
-        "csrc/cpu/linear_avx512.h",
+        "csrc/cpu/linear/linear_avx512.h",
         "Dot::template control<ROOM>(w + CHUNK_BYTES, 0)",
         "Dot::template control<ROOM>(w, 0)",
-        "csrc/cpu/linear_avx512.cpp",
+        "csrc/cpu/linear/linear_avx512.cpp",
     ),
     "linear, AVX-512: the last columns are stored unmasked": Mutant(
         "test_linear",
-        "csrc/cpu/linear_avx512.h",
+        "csrc/cpu/linear/linear_avx512.h",
         "const __mmask16 mask = first_lanes(features);",
         "const __mmask16 mask = first_lanes(BLOCK_ROWS);",
-        "csrc/cpu/linear_avx512.cpp",
+        "csrc/cpu/linear/linear_avx512.cpp",
     ),
     "linear, AVX-512: half a chunk is left out where none is filling": Mutant(
         "test_linear",
-        "csrc/cpu/linear_avx512.h",
+        "csrc/cpu/linear/linear_avx512.h",
         "/ (COLUMNS / 2) % 2 == 1;",
         "/ (COLUMNS / 2) % 2 == 0;",
-        "csrc/cpu/linear_avx512.cpp",
+        "csrc/cpu/linear/linear_avx512.cpp",
     ),
     "linear, AVX-512: an int8 y reaches -128": Mutant(
         "test_linear",
-        "csrc/cpu/vector_avx512.h",
+        "csrc/cpu/linear/vector_avx512.h",
         "_mm512_max_ps(quotient, _mm512_set1_ps(-127))",
         "_mm512_max_ps(quotient, _mm512_set1_ps(-128))",
-        "csrc/cpu/linear_avx512.cpp",
+        "csrc/cpu/linear/linear_avx512.cpp",
     ),
     "linear, AVX-512: halves of y are rounded up": Mutant(
         "test_linear",
-        "csrc/cpu/vector_avx512.h",
+        "csrc/cpu/linear/vector_avx512.h",
         "_mm512_cvt_roundps_epi32(_mm512_min_ps(low, _mm512_set1_ps(127)), _MM_FROUND_TO_NEAREST_INT",
         "_mm512_cvt_roundps_epi32(_mm512_min_ps(low, _mm512_set1_ps(127)), _MM_FROUND_TO_POS_INF",
-        "csrc/cpu/linear_avx512.cpp",
+        "csrc/cpu/linear/linear_avx512.cpp",
     ),
     "linear, AVX-512: a weight alone is off by one": Mutant(
         "test_linear",
-        "csrc/cpu/linear_avx512.h",
+        "csrc/cpu/linear/linear_avx512.h",
         "(1 << (23 - AT)) + (1 << (WIDTH - 1))",
         "(1 << (23 - AT)) + (1 << (WIDTH - 1)) + 1",
-        "csrc/cpu/linear_weight_only_avx512.cpp",
+        "csrc/cpu/linear/linear_weight_only_avx512.cpp",
     ),
     "linear, AVX-512: int4 keeps the other nibble": Mutant(
-        "test_linear", "csrc/cpu/linear_avx512.cpp", "_mm512_set1_epi8(static_cast<char>(0xf0))", "_mm512_set1_epi8(-1)"
+        "test_linear", "csrc/cpu/linear/linear_avx512.cpp", "_mm512_set1_epi8(static_cast<char>(0xf0))", "_mm512_set1_epi8(-1)"
     ),
     "linear, AVX-512: the second group's codes in a weight alone": Mutant(
-        "test_linear", "csrc/cpu/linear_weight_only_avx512.cpp", "chunk + step / 16 * CODES_BYTES", "chunk"
+        "test_linear", "csrc/cpu/linear/linear_weight_only_avx512.cpp", "chunk + step / 16 * CODES_BYTES", "chunk"
     ),
     "linear, BF16: the pairs of int4 are swapped": Mutant(
-        "test_linear", "csrc/cpu/linear_avx512_bf16.cpp", "2 * first_of(i) + j % 2", "2 * first_of(i) + 1 - j % 2"
+        "test_linear", "csrc/cpu/linear/linear_avx512_bf16.cpp", "2 * first_of(i) + j % 2", "2 * first_of(i) + 1 - j % 2"
     ),
     "linear, AVX2: the second group of int8 is the first": Mutant(
-        "test_linear", "csrc/cpu/linear_avx2.cpp", "_mm256_set1_epi32(0x04040000)", "_mm256_set1_epi32(0x04000000)"
+        "test_linear", "csrc/cpu/linear/linear_avx2.cpp", "_mm256_set1_epi32(0x04040000)", "_mm256_set1_epi32(0x04000000)"
     ),
     "linear, AVX2: half a block too early": Mutant(
         "test_linear",
-        "csrc/cpu/linear_avx2.cpp",
+        "csrc/cpu/linear/linear_avx2.cpp",
         "w + group / 8 * CODES_BYTES + 32 * (begin + half)",
         "w + group / 8 * CODES_BYTES + 32 * half",
     ),
     "linear, gather: a strip one row short": Mutant(
-        "test_linear", "csrc/cpu/linear_gather_avx512.cpp", "i < strip.count", "i + 1 < strip.count"
+        "test_linear", "csrc/cpu/linear/linear_gather_avx512.cpp", "i < strip.count", "i + 1 < strip.count"
     ),
     "linear, gather: the first slice adds to what was there": Mutant(
-        "test_linear", "csrc/cpu/linear_gather_avx512.cpp", "first ? _mm512_setzero_ps()", "false ? _mm512_setzero_ps()"
+        "test_linear", "csrc/cpu/linear/linear_gather_avx512.cpp", "first ? _mm512_setzero_ps()", "false ? _mm512_setzero_ps()"
     ),
     "choice: what lies between two winners": Mutant(
-        "test_choice", "csrc/cpu/linear_choice.cpp", " && below->kernels == above->kernels", ""
+        "test_choice", "csrc/cpu/linear/linear_choice.cpp", " && below->kernels == above->kernels", ""
     ),
     "choice: forced in every thread": Mutant(
-        "test_choice", "csrc/cpu/linear_choice.cpp", "thread_local const char* forced", "const char* forced"
+        "test_choice", "csrc/cpu/linear/linear_choice.cpp", "thread_local const char* forced", "const char* forced"
     ),
     "conv: dilation is left out": Mutant(
-        "test_conv", "csrc/cpu/conv.cpp", "position % kernel_width * call.dilation_width", "position % kernel_width"
+        "test_conv", "csrc/cpu/conv/conv.cpp", "position % kernel_width * call.dilation_width", "position % kernel_width"
     ),
     "conv: what fills a segment is not cleared": Mutant(
-        "test_conv", "csrc/cpu/conv.cpp", "        std::memset(to + channels, 0, segment - channels);\n", ""
+        "test_conv", "csrc/cpu/conv/conv.cpp", "        std::memset(to + channels, 0, segment - channels);\n", ""
     ),
     "conv: every group has the first one's bias": Mutant(
-        "test_conv", "csrc/cpu/conv.cpp", "  epilogue.bias = advance(epilogue.bias, epilogue.bias_type);\n", ""
+        "test_conv", "csrc/cpu/conv/conv.cpp", "  epilogue.bias = advance(epilogue.bias, epilogue.bias_type);\n", ""
     ),
     "conv: every group has the first one's scales": Mutant(
-        "test_conv", "csrc/cpu/conv.cpp", "  if (epilogue.scales) epilogue.scales += first;\n", ""
+        "test_conv", "csrc/cpu/conv/conv.cpp", "  if (epilogue.scales) epilogue.scales += first;\n", ""
     ),
     "conv: every group has the first one's residual": Mutant(
         "test_conv",
-        "csrc/cpu/conv.cpp",
+        "csrc/cpu/conv/conv.cpp",
         "  epilogue.residual = advance(epilogue.residual, epilogue.residual_type);\n",
         "",
     ),
     "conv: the first row is padding": Mutant(
-        "test_conv", "csrc/cpu/conv.cpp", "const bool inside = row >= 0 &&", "const bool inside = row > 0 &&"
+        "test_conv", "csrc/cpu/conv/conv.cpp", "const bool inside = row >= 0 &&", "const bool inside = row > 0 &&"
     ),
     "conv: the row after the last is not padding": Mutant(
-        "test_conv", "csrc/cpu/conv.cpp", "extent - origin, 0), dilation", "extent + 1 - origin, 0), dilation"
+        "test_conv", "csrc/cpu/conv/conv.cpp", "extent - origin, 0), dilation", "extent + 1 - origin, 0), dilation"
     ),
     "conv: strided kernels of one position read every pixel": Mutant(
-        "test_conv", "csrc/cpu/conv.cpp", "call.stride_width == 1 && call.padding", "call.padding"
+        "test_conv", "csrc/cpu/conv/conv.cpp", "call.stride_width == 1 && call.padding", "call.padding"
     ),
     "conv: rows of x with a gap are taken for none": Mutant(
-        "test_conv", "csrc/cpu/conv.cpp", "(call.height == 1 || call.row_stride == row) &&", ""
+        "test_conv", "csrc/cpu/conv/conv.cpp", "(call.height == 1 || call.row_stride == row) &&", ""
     ),
     "conv: every image has the first one's scale": Mutant(
-        "test_conv", "csrc/cpu/conv.cpp", "image_scales[token / pixels]", "image_scales[0 * pixels]"
+        "test_conv", "csrc/cpu/conv/conv.cpp", "image_scales[token / pixels]", "image_scales[0 * pixels]"
     ),
     "conv: units of a panel are taken for smaller": Mutant(
-        "test_conv", "csrc/cpu/conv.cpp", "== Element::BF16) ? 32 : 16;", "== Element::BF16) ? 16 : 16;"
+        "test_conv", "csrc/cpu/conv/conv.cpp", "== Element::BF16) ? 32 : 16;", "== Element::BF16) ? 16 : 16;"
     ),
     "conv, AVX-512: planes run into each other": Mutant(
         "test_conv",
-        "csrc/cpu/linear_avx512.h",
+        "csrc/cpu/linear/linear_avx512.h",
         "const int last = left < count - first ? first + static_cast<int>(left) : count;",
         "const int last = left < 0 ? first + static_cast<int>(left) : count;",
-        "csrc/cpu/linear_avx512.cpp",
+        "csrc/cpu/linear/linear_avx512.cpp",
     ),
     "quantize: halves away from zero": Mutant(
         "test_conv",
-        "csrc/cpu/quantize.cpp",
+        "csrc/cpu/conv/quantize.cpp",
         "clamped + 12582912.0f - 12582912.0f",
         "clamped + (clamped < 0 ? -0.5f : 0.5f)",
     ),

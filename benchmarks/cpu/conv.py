@@ -1,9 +1,9 @@
 """Convolutions: the distinct layers of ResNet-50, the 1x1s of MobileNetV2 (224 px), two of an SRGAN generator (96 px).
 
 Batch 1. sparse24 counts with channels_last, as a sparse model would run; its time on contiguous tensors is recorded
-beside it. Dense is F.conv2d and oneDNN prepacked, in both formats. For int8 it is torch's quantized.conv2d_dynamic,
-which does what ours does: float32 in and out, the scale of x found on the way. ResNet's stem has three input channels,
-too few for 2:4, and is not among the layers.
+beside it. Dense is F.conv2d and oneDNN prepacked, in both formats, and for float32 onnxruntime on contiguous tensors.
+For int8 it is torch's quantized.conv2d_dynamic, which does what ours does: float32 in and out, the scale of x found on
+the way. ResNet's stem has three input channels, too few for 2:4, and is not among the layers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import sparse24
 from benchmarks.cpu import rivals
-from benchmarks.cpu.cell import OURS, Cell, Place, attempt
+from benchmarks.cpu.cell import ONNX, OURS, Cell, Place, attempt
 from benchmarks.cpu.checks import Exact
 from sparse24 import ops
 
@@ -85,7 +85,7 @@ class Layer:
         self.products = self.exact.products(self.x)
         return layer.pack()
 
-    def rivals(self) -> dict[str, Callable[[Tensor], Tensor]]:
+    def rivals(self, threads: int) -> dict[str, Callable[[Tensor], Tensor]]:
         weight, bias = self.dense.weight, self.dense.bias
         if self.integer:
             return {f"conv2d_dynamic {engine}": self._dynamic(engine) for engine in rivals.int8_engines()}
@@ -101,6 +101,10 @@ class Layer:
                 found[f"oneDNN prepacked {name}"] = lambda x: torch.ops.mkldnn._convolution_pointwise(
                     x, blocked, bias, *geometry, "none", [], ""
                 )
+        if weight.dtype == torch.float32:
+            model = rivals.onnx_conv2d(weight, bias, self.dense.stride, self.dense.padding)
+            session = rivals.onnx_layer(model, threads)
+            found[ONNX] = lambda x: torch.as_tensor(session(x))
         return found
 
     def _dynamic(self, engine: str) -> Callable[[Tensor], Tensor]:
@@ -135,7 +139,7 @@ class Conv:
         threads: Sequence[int] = (1, 2),
     ) -> None:
         self.axes = networks, [dtype for dtype in dtypes if dtype in DTYPES], threads
-        self.made: dict[tuple[str, str, str], tuple[Layer, dict[str, Callable[[Tensor], Tensor]]]] = {}
+        self.made: dict[tuple[str, str, str, int], tuple[Layer, dict[str, Callable[[Tensor], Tensor]]]] = {}
 
     def places(self) -> list[Place]:
         networks, dtypes, threads = self.axes
@@ -147,16 +151,16 @@ class Conv:
 
     @torch.no_grad()
     def prepare(self, place: Place) -> Cell:
-        key = place["network"], place["layer"], place["dtype"]
+        key = place["network"], place["layer"], place["dtype"], place["threads"]
         if key not in self.made:
             layer = Layer(LAYERS[key[:2]], key[2])
             sparse = attempt(layer.sparse)
-            self.made = {key: (layer, {OURS: sparse, f"{OURS} contiguous": sparse} | layer.rivals())}
+            self.made = {key: (layer, {OURS: sparse, f"{OURS} contiguous": sparse} | layer.rivals(place["threads"]))}
         layer, contenders = self.made[key]
         inputs = {name: layer.x.contiguous(memory_format=memory_format) for name, memory_format in FORMATS.items()}
         calls = {}
         for name, contender in contenders.items():
-            x = inputs["contiguous" if name.endswith("contiguous") else "channels_last"]
+            x = inputs["contiguous" if name.endswith(("contiguous", ONNX)) else "channels_last"]
             if layer.integer and not name.startswith(OURS):
                 x = inputs["contiguous"]  # in which conv2d_dynamic is the faster
             calls[name] = partial(contender, x)

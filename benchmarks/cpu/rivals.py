@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import onnxruntime
 import torch
@@ -110,12 +110,21 @@ def onnx_int8(q: Tensor, scales: Tensor, bias: Tensor) -> bytes:
     return _model(nodes, {"w": q.T, "w_zero": zero, "w_scale": scales, "bias": bias}, *q.shape)
 
 
-def _model(nodes: list, constants: dict[str, Tensor], outputs: int, inputs: int) -> bytes:
+def onnx_conv2d(weight: Tensor, bias: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> bytes:
+    """A convolution of float32 as a model; x and y are contiguous."""
+    node = helper.make_node("Conv", ["x", "w", "bias"], ["y"], strides=[*stride], pads=[*padding, *padding])
+    size: list[str | int] = ["height", "width"]
+    return _model([node], {"w": weight, "bias": bias}, *weight.shape[:2], size)
+
+
+def _model(
+    nodes: list, constants: dict[str, Tensor], outputs: int, inputs: int, size: Sequence[str | int] = ()
+) -> bytes:
     graph = helper.make_graph(
         nodes,
-        "linear",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["M", inputs])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["M", outputs])],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["M", inputs, *size])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["M", outputs, *(f"out_{one}" for one in size)])],
         [numpy_helper.from_array(tensor.contiguous().numpy(), name) for name, tensor in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)

@@ -1,5 +1,6 @@
-// One call of csrc/cpu/linear.h on numbers of one's choice, and what it should give: plain loops in double. Every
-// buffer ends at an inaccessible page, inputs are read-only, and what lies between rows is NaN (x) or watched (y).
+// One call of csrc/cpu/linear/linear.h on numbers of one's choice, and what it should give: plain loops in double.
+// Every buffer ends at an inaccessible page, inputs are read-only, and what lies between rows is NaN (x) or watched
+// (y).
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -9,7 +10,7 @@
 #include <vector>
 
 #include "csrc/cpu/isa.h"
-#include "csrc/cpu/linear.h"
+#include "csrc/cpu/linear/linear.h"
 #include "tests/native/check.h"
 
 namespace sparse24::test {

@@ -3,7 +3,7 @@
 #include <string>
 #include <thread>
 
-#include "csrc/cpu/linear_choice.h"
+#include "csrc/cpu/linear/linear_choice.h"
 #include "csrc/cpu/parallel.h"
 #include "tests/native/check.h"
 

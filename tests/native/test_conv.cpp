@@ -1,11 +1,11 @@
-// csrc/cpu/conv.h on every instruction set of this machine, against plain loops. Whole numbers, so that every sum is
-// exact. x ends at an inaccessible page, and what is not of the image is NaN; y is watched on both sides.
+// csrc/cpu/conv/conv.h on every instruction set of this machine, against plain loops. Whole numbers, so that every sum
+// is exact. x ends at an inaccessible page, and what is not of the image is NaN; y is watched on both sides.
 #include <cmath>
 #include <vector>
 
-#include "csrc/cpu/conv.h"
-#include "csrc/cpu/quantize.h"
-#include "csrc/cpu/transpose.h"
+#include "csrc/cpu/conv/conv.h"
+#include "csrc/cpu/conv/quantize.h"
+#include "csrc/cpu/conv/transpose.h"
 #include "tests/native/linear_problem.h"
 
 using namespace sparse24;

@@ -4,7 +4,7 @@
 #include <iterator>
 #include <vector>
 
-#include "csrc/cpu/format.h"
+#include "csrc/cpu/format/format.h"
 #include "csrc/cuda/driver.h"
 #include "csrc/cuda/linear.h"
 #include "tests/native/device_memory.h"

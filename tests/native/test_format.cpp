@@ -4,7 +4,7 @@
 #include <limits>
 #include <vector>
 
-#include "csrc/cpu/format.h"
+#include "csrc/cpu/format/format.h"
 #include "csrc/cpu/isa.h"
 #include "tests/native/check.h"
 #include "tests/native/parallel.h"

@@ -1,4 +1,4 @@
-// csrc/cpu/linear.h on every instruction set of this machine, against plain loops in double (linear_problem.h).
+// csrc/cpu/linear/linear.h on every instruction set of this machine, against plain loops in double (linear_problem.h).
 #include <thread>
 
 #include "tests/native/linear_problem.h"

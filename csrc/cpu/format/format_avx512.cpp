@@ -5,7 +5,7 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
-#include "csrc/cpu/format_kernels.h"
+#include "csrc/cpu/format/format_kernels.h"
 
 namespace sparse24::cpu {
 namespace {

@@ -1,8 +1,8 @@
 // linear() in AVX-512 without BF16: float products for F32, F16 and BF16 weights, vpdpbusd for I8 and I4. Weights of
 // integers with float x are in linear_weight_only_avx512.cpp.
-#include "csrc/cpu/linear_avx512.h"
+#include "csrc/cpu/linear/linear_avx512.h"
 
-#include "csrc/cpu/quantize.h"
+#include "csrc/cpu/conv/quantize.h"
 
 namespace sparse24::cpu {
 namespace {

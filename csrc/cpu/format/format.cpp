@@ -1,6 +1,6 @@
 // Prune, compress, validate and decompress on the CPU (format.h): rows in parallel, cut into blocks of 64 units for the
 // kernels of the instruction set in use, and the portable kernels.
-#include "csrc/cpu/format.h"
+#include "csrc/cpu/format/format.h"
 
 #include <algorithm>
 #include <atomic>
@@ -8,7 +8,7 @@
 #include <cstring>
 #include <limits>
 
-#include "csrc/cpu/format_kernels.h"
+#include "csrc/cpu/format/format_kernels.h"
 #include "csrc/cpu/isa.h"
 #include "csrc/cpu/parallel.h"
 

@@ -1,5 +1,5 @@
 // linear() in AVX-512 for I8 and I4 weights with float x: values become floats in registers, for all rows of a panel.
-#include "csrc/cpu/linear_avx512.h"
+#include "csrc/cpu/linear/linear_avx512.h"
 
 namespace sparse24::cpu {
 namespace {

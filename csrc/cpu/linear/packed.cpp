@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "csrc/cpu/linear_kernels.h"
+#include "csrc/cpu/linear/linear_kernels.h"
 #include "csrc/cpu/parallel.h"
 
 namespace sparse24::cpu {

@@ -5,7 +5,7 @@
 
 #include <cstring>
 
-#include "csrc/cpu/linear_kernels.h"
+#include "csrc/cpu/linear/linear_kernels.h"
 
 namespace sparse24::cpu {
 namespace {

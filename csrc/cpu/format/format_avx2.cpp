@@ -1,7 +1,7 @@
 // The format's kernels in AVX2 (format_kernels.h): a byte of `keep`, two groups, looks up the shuffle that moves units.
 #include <immintrin.h>
 
-#include "csrc/cpu/format_kernels.h"
+#include "csrc/cpu/format/format_kernels.h"
 
 namespace sparse24::cpu {
 namespace {

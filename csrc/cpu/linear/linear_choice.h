@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "csrc/cpu/cpu_model.h"
-#include "csrc/cpu/linear.h"
+#include "csrc/cpu/linear/linear.h"
 
 namespace sparse24::cpu {
 

@@ -14,7 +14,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "csrc/cpu/format.h"
+#include "csrc/cpu/format/format.h"
 #include "kernels/format.cuh"
 
 namespace sparse24::cpu {

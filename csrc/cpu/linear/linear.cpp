@@ -8,14 +8,14 @@
 //     for each chunk of blocks of W
 //       for each panel of the batch
 //         for each block of the chunk: panel x block -> y      in parallel over this whole nest, flattened
-#include "csrc/cpu/linear.h"
+#include "csrc/cpu/linear/linear.h"
 
 #include <algorithm>
 #include <memory>
 #include <new>
 
-#include "csrc/cpu/linear_choice.h"
-#include "csrc/cpu/linear_kernels.h"
+#include "csrc/cpu/linear/linear_choice.h"
+#include "csrc/cpu/linear/linear_kernels.h"
 #include "csrc/cpu/parallel.h"
 
 namespace sparse24::cpu {

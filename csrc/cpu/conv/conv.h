@@ -7,7 +7,7 @@
 #pragma once
 #include <optional>
 
-#include "csrc/cpu/linear.h"
+#include "csrc/cpu/linear/linear.h"
 
 namespace sparse24::cpu {
 

@@ -8,8 +8,8 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
-#include "csrc/cpu/activations.h"
-#include "csrc/cpu/linear.h"
+#include "csrc/cpu/linear/activations.h"
+#include "csrc/cpu/linear/linear.h"
 
 namespace sparse24::cpu {
 namespace {

@@ -1,6 +1,6 @@
 // transpose.h in AVX-512: tiles of 16 x 16, whatever the size of an element, as 32-bit lanes in between.
-#include "csrc/cpu/transpose.h"
-#include "csrc/cpu/vector_avx512.h"
+#include "csrc/cpu/conv/transpose.h"
+#include "csrc/cpu/linear/vector_avx512.h"
 
 namespace sparse24::cpu {
 namespace {

@@ -1,4 +1,4 @@
-#include "csrc/cpu/linear_choice.h"
+#include "csrc/cpu/linear/linear_choice.h"
 
 #include <algorithm>
 #include <array>
@@ -12,7 +12,7 @@
 #include <tuple>
 
 #include "csrc/cpu/isa.h"
-#include "csrc/cpu/linear_kernels.h"
+#include "csrc/cpu/linear/linear_kernels.h"
 #include "csrc/cpu/parallel.h"
 
 namespace sparse24::cpu {

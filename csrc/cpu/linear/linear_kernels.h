@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "csrc/cpu/linear.h"
+#include "csrc/cpu/linear/linear.h"
 
 namespace sparse24::cpu {
 

@@ -1,5 +1,5 @@
 // The loops of quantize.h in plain C++, written so that compilers vectorise them.
-#include "csrc/cpu/quantize.h"
+#include "csrc/cpu/conv/quantize.h"
 
 #include <algorithm>
 #include <bit>

@@ -1,6 +1,6 @@
 // linear() with AVX512_BF16, where vdpbf16ps takes two values at once: for BF16 weights, and for I8 and I4 weights with
 // BF16 x, integers of eight bits being exact in bfloat16.
-#include "csrc/cpu/linear_avx512.h"
+#include "csrc/cpu/linear/linear_avx512.h"
 
 namespace sparse24::cpu {
 namespace {

@@ -1,7 +1,7 @@
 // What a dense product needs besides the product itself, which csrc/ops_dense.cpp leaves to torch: x made ready for it,
 // W decompressed some rows at a time, and the epilogue.
 #pragma once
-#include "csrc/cpu/linear_kernels.h"
+#include "csrc/cpu/linear/linear_kernels.h"
 
 namespace sparse24::cpu {
 

@@ -1,6 +1,6 @@
 // The epilogue of a dense product on AVX-512: that of the kernels.
-#include "csrc/cpu/linear_avx512.h"
-#include "csrc/cpu/linear_dense.h"
+#include "csrc/cpu/linear/linear_avx512.h"
+#include "csrc/cpu/linear/linear_dense.h"
 
 namespace sparse24::cpu {
 namespace {

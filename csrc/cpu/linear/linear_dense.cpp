@@ -1,5 +1,5 @@
 // x, W and the epilogue of a dense product: the choice of the ISA, and the kernels in plain C++.
-#include "csrc/cpu/linear_dense.h"
+#include "csrc/cpu/linear/linear_dense.h"
 
 #include <algorithm>
 #include <bit>
@@ -9,7 +9,7 @@
 
 #include "csrc/cpu/half.h"
 #include "csrc/cpu/isa.h"
-#include "csrc/cpu/linear_choice.h"
+#include "csrc/cpu/linear/linear_choice.h"
 #include "csrc/cpu/parallel.h"
 
 namespace sparse24::cpu {

@@ -1,5 +1,5 @@
 // conv2d() and the packed form of its weight (conv.h).
-#include "csrc/cpu/conv.h"
+#include "csrc/cpu/conv/conv.h"
 
 #include <algorithm>
 #include <atomic>
@@ -7,10 +7,10 @@
 #include <memory>
 #include <vector>
 
+#include "csrc/cpu/conv/quantize.h"
+#include "csrc/cpu/conv/transpose.h"
 #include "csrc/cpu/isa.h"
 #include "csrc/cpu/parallel.h"
-#include "csrc/cpu/quantize.h"
-#include "csrc/cpu/transpose.h"
 
 namespace sparse24::cpu {
 

@@ -1,5 +1,5 @@
 // transpose.h in plain C++: square tiles, so that both sides stay in the L1.
-#include "csrc/cpu/transpose.h"
+#include "csrc/cpu/conv/transpose.h"
 
 #include <algorithm>
 

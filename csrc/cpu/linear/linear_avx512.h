@@ -10,8 +10,8 @@
 //
 // x is never broadcast or expanded, W never decompressed, and y comes out row-major.
 #pragma once
-#include "csrc/cpu/linear_kernels.h"
-#include "csrc/cpu/vector_avx512.h"
+#include "csrc/cpu/linear/linear_kernels.h"
+#include "csrc/cpu/linear/vector_avx512.h"
 
 namespace sparse24::cpu {
 namespace {

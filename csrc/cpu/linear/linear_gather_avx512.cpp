@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "csrc/cpu/linear_avx512.h"
+#include "csrc/cpu/linear/linear_avx512.h"
 
 namespace sparse24::cpu {
 namespace {

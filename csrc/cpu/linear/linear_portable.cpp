@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #include "csrc/cpu/half.h"
-#include "csrc/cpu/linear_kernels.h"
+#include "csrc/cpu/linear/linear_kernels.h"
 
 namespace sparse24::cpu {
 namespace {

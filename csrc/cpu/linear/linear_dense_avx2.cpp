@@ -5,7 +5,7 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
-#include "csrc/cpu/linear_dense.h"
+#include "csrc/cpu/linear/linear_dense.h"
 
 namespace sparse24::cpu {
 namespace {
