@@ -101,7 +101,10 @@ MUTANTS = {
         "test_format", "csrc/cpu/format/format.cpp", "if (column >= in_features &&", "if (column > in_features &&"
     ),
     "format, AVX-512: NaNs rank by their payload": Mutant(
-        "test_format", "csrc/cpu/format/format_avx512.cpp", "_mm512_set1_epi32(0x7f800001)", "_mm512_set1_epi32(0x7fffffff)"
+        "test_format",
+        "csrc/cpu/format/format_avx512.cpp",
+        "_mm512_set1_epi32(0x7f800001)",
+        "_mm512_set1_epi32(0x7fffffff)",
     ),
     "linear: every sixteen rows are packed as the first": Mutant(
         "test_linear",
@@ -125,10 +128,16 @@ MUTANTS = {
         "test_linear", "csrc/cpu/linear/packed.cpp", "return slot / 4 % 2 * 4; }", "return 4 - slot / 4 % 2 * 4; }"
     ),
     "linear, portable: the second code of a byte is the first": Mutant(
-        "test_linear", "csrc/cpu/linear/linear_portable.cpp", "(codes >> unit % 4 * 2 & 3)", "(codes >> unit % 2 * 2 & 3)"
+        "test_linear",
+        "csrc/cpu/linear/linear_portable.cpp",
+        "(codes >> unit % 4 * 2 & 3)",
+        "(codes >> unit % 2 * 2 & 3)",
     ),
     "linear, portable: the residual of another stride": Mutant(
-        "test_linear", "csrc/cpu/linear/linear_portable.cpp", "m * epilogue.residual_stride + n", "m * epilogue.y_stride + n"
+        "test_linear",
+        "csrc/cpu/linear/linear_portable.cpp",
+        "m * epilogue.residual_stride + n",
+        "m * epilogue.y_stride + n",
     ),
     "linear, AVX-512: the control of the next chunk is this chunk's": Mutant(
         "test_linear",
@@ -173,16 +182,25 @@ MUTANTS = {
         "csrc/cpu/linear/linear_weight_only_avx512.cpp",
     ),
     "linear, AVX-512: int4 keeps the other nibble": Mutant(
-        "test_linear", "csrc/cpu/linear/linear_avx512.cpp", "_mm512_set1_epi8(static_cast<char>(0xf0))", "_mm512_set1_epi8(-1)"
+        "test_linear",
+        "csrc/cpu/linear/linear_avx512.cpp",
+        "_mm512_set1_epi8(static_cast<char>(0xf0))",
+        "_mm512_set1_epi8(-1)",
     ),
     "linear, AVX-512: the second group's codes in a weight alone": Mutant(
         "test_linear", "csrc/cpu/linear/linear_weight_only_avx512.cpp", "chunk + step / 16 * CODES_BYTES", "chunk"
     ),
     "linear, BF16: the pairs of int4 are swapped": Mutant(
-        "test_linear", "csrc/cpu/linear/linear_avx512_bf16.cpp", "2 * first_of(i) + j % 2", "2 * first_of(i) + 1 - j % 2"
+        "test_linear",
+        "csrc/cpu/linear/linear_avx512_bf16.cpp",
+        "2 * first_of(i) + j % 2",
+        "2 * first_of(i) + 1 - j % 2",
     ),
     "linear, AVX2: the second group of int8 is the first": Mutant(
-        "test_linear", "csrc/cpu/linear/linear_avx2.cpp", "_mm256_set1_epi32(0x04040000)", "_mm256_set1_epi32(0x04000000)"
+        "test_linear",
+        "csrc/cpu/linear/linear_avx2.cpp",
+        "_mm256_set1_epi32(0x04040000)",
+        "_mm256_set1_epi32(0x04000000)",
     ),
     "linear, AVX2: half a block too early": Mutant(
         "test_linear",
@@ -194,7 +212,10 @@ MUTANTS = {
         "test_linear", "csrc/cpu/linear/linear_gather_avx512.cpp", "i < strip.count", "i + 1 < strip.count"
     ),
     "linear, gather: the first slice adds to what was there": Mutant(
-        "test_linear", "csrc/cpu/linear/linear_gather_avx512.cpp", "first ? _mm512_setzero_ps()", "false ? _mm512_setzero_ps()"
+        "test_linear",
+        "csrc/cpu/linear/linear_gather_avx512.cpp",
+        "first ? _mm512_setzero_ps()",
+        "false ? _mm512_setzero_ps()",
     ),
     "choice: what lies between two winners": Mutant(
         "test_choice", "csrc/cpu/linear/linear_choice.cpp", " && below->kernels == above->kernels", ""
@@ -203,7 +224,10 @@ MUTANTS = {
         "test_choice", "csrc/cpu/linear/linear_choice.cpp", "thread_local const char* forced", "const char* forced"
     ),
     "conv: dilation is left out": Mutant(
-        "test_conv", "csrc/cpu/conv/conv.cpp", "position % kernel_width * call.dilation_width", "position % kernel_width"
+        "test_conv",
+        "csrc/cpu/conv/conv.cpp",
+        "position % kernel_width * call.dilation_width",
+        "position % kernel_width",
     ),
     "conv: what fills a segment is not cleared": Mutant(
         "test_conv", "csrc/cpu/conv/conv.cpp", "        std::memset(to + channels, 0, segment - channels);\n", ""
