@@ -6,6 +6,7 @@ import json
 import platform
 import random
 import re
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -158,8 +159,10 @@ def cpu() -> str:
 
 
 def commit() -> str:
-    info = get_commit_info()
-    return info["id"][:7] + ("-dirty" if info["dirty"] else "")
+    """HEAD, and whether anything but results, which a run before this one may have written, differs from it."""
+    sources = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", f":!{RESULTS.relative_to(ROOT)}"]
+    changed = subprocess.run(sources, cwd=ROOT, capture_output=True, text=True).stdout
+    return str(get_commit_info()["id"][:7]) + ("-dirty" if changed else "")
 
 
 def machine() -> dict[str, Any]:

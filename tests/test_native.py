@@ -211,6 +211,12 @@ MUTANTS = {
     "linear, gather: a strip one row short": Mutant(
         "test_linear", "csrc/cpu/linear/linear_gather_avx512.cpp", "i < strip.count", "i + 1 < strip.count"
     ),
+    "linear, gather: rows of W are mixed up": Mutant(
+        "test_linear",
+        "csrc/cpu/linear/linear_gather_avx512.cpp",
+        "return rows[0][row % 4][row / 4]",
+        "return rows[0][row / 4][row % 4]",
+    ),
     "linear, gather: the first slice adds to what was there": Mutant(
         "test_linear",
         "csrc/cpu/linear/linear_gather_avx512.cpp",

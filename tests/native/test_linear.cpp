@@ -57,9 +57,9 @@ void test_many_panels_and_chunks() {
     for_each_isa([] {
       for (Weight weight : WEIGHTS) {
         Random random(2);
-        // The last three suit the gather kernels, with a strip that is not full.
+        // The last four suit the gather kernels, with a strip that is not full.
         for (const Shape& shape : {Shape{290, 20, 4100}, Shape{30, 900, 1100}, Shape{79, 400, 300}, Shape{95, 385, 130},
-                                   Shape{191, 384, 70}}) {
+                                   Shape{191, 384, 150}, Shape{111, 385, 200}}) {
           const Problem problem(weight, Element::F32, shape, random, true);
           problem.check(problem.run(), true);
         }

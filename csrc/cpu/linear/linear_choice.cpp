@@ -76,7 +76,7 @@ constexpr int64_t ANY = std::numeric_limits<int64_t>::max();
 // as well, which Zen runs on a port that is free and Intel on one that multiplies.
 constexpr Rule RULES[] = {
     // machine       weights    tokens    N >= K >= path
-    {Machine::ZEN, F32 | F16, 64, ANY, 384, 64, Path::GATHER,
+    {Machine::ZEN, F32 | F16, 64, ANY, 384, 128, Path::GATHER,
      "many tokens of a float weight: no permute for each multiplication (measured on Zen 4)"},
     {Machine::ZEN, ALL, 1, ANY, 1, 1, Path::SPARSE, "faster than dense at any number of tokens (measured on Zen 4)"},
 
@@ -101,13 +101,17 @@ constexpr Rule RULES[] = {
     {Machine::PORTABLE, ALL, 1, ANY, 1, 1, Path::DENSE, "torch's dense product has vector instructions (measured)"},
 };
 
-// Where strips of 16 rows of x are filled up by more than 2 %, what gather gains is lost again (measured on Zen 4).
-bool strips_are_full(int64_t tokens) { return (tokens + 15) / 16 * 16 * 100 <= tokens * 102; }
+// Where strips of 16 rows of x are filled up by more than this, what gather gains is lost again (measured on Zen 4).
+bool strips_are_full(Kinds kind, int64_t tokens) {
+  const int64_t filling_percent = kind == F16 ? 7 : 3;
+  return (tokens + 15) / 16 * 16 * 100 <= tokens * (100 + filling_percent);
+}
 
 bool fits(const Rule& rule, Machine machine, Kinds kind, const LinearProduct& product) {
   return rule.machine == machine && (rule.kinds & kind) && product.tokens >= rule.min_tokens &&
          product.tokens <= rule.max_tokens && product.out_features >= rule.min_out_features &&
-         product.in_features >= rule.min_in_features && (rule.path != Path::GATHER || strips_are_full(product.tokens));
+         product.in_features >= rule.min_in_features &&
+         (rule.path != Path::GATHER || strips_are_full(kind, product.tokens));
 }
 
 constexpr Rule NOTHING_TO_CHOOSE{Machine::PORTABLE, ALL, 0, ANY, 0, 0, Path::SPARSE, "an empty product"};

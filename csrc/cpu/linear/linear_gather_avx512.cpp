@@ -5,8 +5,9 @@
 //
 //   sums of output row n  +=  value * panel[4 * group + code]       a value of n, broadcast
 //
-// What bounds it is the load of 64 bytes a multiply-add. Hence the panel is taken in slices of columns that stay in the
-// L1; from slice to slice, the sums of a run of blocks stay in the L2.
+// What bounds it is the load of 64 bytes a multiply-add, one a cycle. Hence the panel is taken in slices of columns
+// that stay in the L1; from slice to slice, the sums of a run of blocks stay in the L2. And hence four values of a row
+// are loaded at once: those of a block lie 64 bytes apart, and are brought together first.
 #include <algorithm>
 #include <utility>
 
@@ -16,9 +17,9 @@ namespace sparse24::cpu {
 namespace {
 
 constexpr int STRIP_ROWS = 16;         // rows of x in a vector
-constexpr int MAX_STRIPS = 6;          // of a panel: with more, a slice of 64 columns would fill the L1
+constexpr int MAX_STRIPS = 7;          // of a panel: with more, a slice of 32 columns would fill half of the L1
 constexpr int SLICE_BYTES = 24 << 10;  // of the panel; the rest of the L1 is for values and sums on their way
-constexpr int RUN_BLOCKS = 16;         // whose sums wait in the L2, at most 96 KB
+constexpr int RUN_BLOCKS = 16;         // whose sums wait in the L2, at most 112 KB
 
 void pack_strip(const Strip& strip) {
   float* column = reinterpret_cast<float*>(strip.panel) + strip.row;
@@ -35,21 +36,53 @@ void pack_strip(const Strip& strip) {
   });
 }
 
+// The values of one chunk of a block, four slots of a row side by side.
+struct Values {
+  static constexpr int QUADS = chunk_columns(Element::F32) / 2 / 4;
+  float rows[QUADS][4][4][4];  // [four slots][row % 4][row / 4][slot]
+
+  const float* of(int row) const { return rows[0][row % 4][row / 4]; }
+};
+constexpr int QUAD_FLOATS = BLOCK_ROWS * 4;
+
+template <Element WEIGHT>
+SPARSE24_INLINE void bring_together(const uint8_t* chunk, Values& values) {
+  const auto slot = [&](int i)
+                        SPARSE24_LAMBDA { return load_floats(chunk + CODES_BYTES, WEIGHT, i * BLOCK_ROWS, 0xffff); };
+#pragma GCC unroll 4
+  for (int quad = 0; quad < Values::QUADS; ++quad) {  // a 4 x 4 transposition in each 128 bits
+    const __m512 a = slot(4 * quad), b = slot(4 * quad + 1), c = slot(4 * quad + 2), d = slot(4 * quad + 3);
+    const __m512d ab_low = _mm512_castps_pd(_mm512_unpacklo_ps(a, b)),
+                  ab_high = _mm512_castps_pd(_mm512_unpackhi_ps(a, b));
+    const __m512d cd_low = _mm512_castps_pd(_mm512_unpacklo_ps(c, d)),
+                  cd_high = _mm512_castps_pd(_mm512_unpackhi_ps(c, d));
+    _mm512_store_pd(values.rows[quad][0], _mm512_unpacklo_pd(ab_low, cd_low));
+    _mm512_store_pd(values.rows[quad][1], _mm512_unpackhi_pd(ab_low, cd_low));
+    _mm512_store_pd(values.rows[quad][2], _mm512_unpacklo_pd(ab_high, cd_high));
+    _mm512_store_pd(values.rows[quad][3], _mm512_unpackhi_pd(ab_high, cd_high));
+  }
+}
+
 // The sums of one output row gain the products of one chunk.
 template <int STRIPS>
 SPARSE24_INLINE void add_products(uint32_t codes,       // of that row
-                                  const float* values,  // of that row, BLOCK_ROWS apart
+                                  const float* values,  // of that row, four slots together, QUAD_FLOATS apart
                                   const float* x,       // the panel from the first column of the chunk
                                   __m512 (&sums)[STRIPS]) {
-  constexpr int SLOTS = chunk_columns(Element::F32) / 2;
-#pragma GCC unroll 16
-  for (int slot = 0; slot < SLOTS; ++slot) {
-    const float* const partners = x + (slot / 2 * 4 + (codes >> (2 * slot) & 3)) * STRIPS * STRIP_ROWS;
-    const __m512 value = _mm512_set1_ps(values[slot * BLOCK_ROWS]);
+#pragma GCC unroll 4
+  for (int quad = 0; quad < Values::QUADS; ++quad) {
+    const __m512 four = _mm512_broadcast_f32x4(_mm_load_ps(values + quad * QUAD_FLOATS));
+    const auto add = [&](int slot, __m512 value) SPARSE24_LAMBDA {
+      const float* const partners = x + (slot / 2 * 4 + (codes >> (2 * slot) & 3)) * STRIPS * STRIP_ROWS;
 #pragma GCC unroll 8
-    for (int strip = 0; strip < STRIPS; ++strip) {
-      sums[strip] = _mm512_fmadd_ps(value, _mm512_load_ps(partners + strip * STRIP_ROWS), sums[strip]);
-    }
+      for (int strip = 0; strip < STRIPS; ++strip) {
+        sums[strip] = _mm512_fmadd_ps(value, _mm512_load_ps(partners + strip * STRIP_ROWS), sums[strip]);
+      }
+    };
+    add(4 * quad, _mm512_permute_ps(four, 0x00));
+    add(4 * quad + 1, _mm512_permute_ps(four, 0x55));
+    add(4 * quad + 2, _mm512_permute_ps(four, 0xaa));
+    add(4 * quad + 3, _mm512_permute_ps(four, 0xff));
   }
 }
 
@@ -57,24 +90,15 @@ template <Element WEIGHT, int STRIPS>
 void multiply_strips(const Linear& call, const Tile& tile) {
   constexpr int ROWS = STRIPS * STRIP_ROWS, COLUMNS = chunk_columns(WEIGHT), CHUNK_BYTES = chunk_bytes(WEIGHT);
   constexpr int SLICE_CHUNKS = SLICE_BYTES / (COLUMNS * ROWS * static_cast<int>(sizeof(float)));
-  constexpr bool CONVERT = WEIGHT == Element::F16;
   const int64_t chunks = chunk_count(WEIGHT, call.in_features);
   const int64_t bytes = block_bytes(WEIGHT, call.in_features);
   const Finish finish = finish_for<false>(call.epilogue.activation);
   alignas(64) float sums_of_run[RUN_BLOCKS][BLOCK_ROWS][ROWS];
-  alignas(64) float converted[CONVERT ? SLICE_CHUNKS : 1][COLUMNS / 2][BLOCK_ROWS];
+  alignas(64) Values values[SLICE_CHUNKS];
 
   const auto multiply_block = [&](const uint8_t* w, const uint8_t* next, int64_t count, const float* slice, bool first,
                                   float (&block_sums)[BLOCK_ROWS][ROWS]) {
-    if constexpr (CONVERT) {
-      for (int64_t chunk = 0; chunk < count; ++chunk) {
-        const auto halves = reinterpret_cast<const __m256i*>(w + chunk * CHUNK_BYTES + CODES_BYTES);
-#pragma GCC unroll 16
-        for (int slot = 0; slot < COLUMNS / 2; ++slot) {
-          _mm512_store_ps(converted[chunk][slot], _mm512_cvtph_ps(_mm256_loadu_si256(halves + slot)));
-        }
-      }
-    }
+    for (int64_t chunk = 0; chunk < count; ++chunk) bring_together<WEIGHT>(w + chunk * CHUNK_BYTES, values[chunk]);
     for (int row = 0; row < BLOCK_ROWS; ++row) {
       // A few lines a row: all at once they would hold up the loads of the sums.
 #pragma GCC unroll 16
@@ -87,12 +111,9 @@ void multiply_strips(const Linear& call, const Tile& tile) {
         sums[strip] = first ? _mm512_setzero_ps() : _mm512_load_ps(block_sums[row] + strip * STRIP_ROWS);
       }
       for (int64_t chunk = 0; chunk < count; ++chunk) {
-        const uint8_t* const bytes_of_chunk = w + chunk * CHUNK_BYTES;
         uint32_t codes;
-        __builtin_memcpy(&codes, bytes_of_chunk + row * sizeof codes, sizeof codes);
-        const float* const values =
-            CONVERT ? converted[chunk][0] : reinterpret_cast<const float*>(bytes_of_chunk + CODES_BYTES);
-        add_products(codes, values + row, slice + chunk * COLUMNS * ROWS, sums);
+        __builtin_memcpy(&codes, w + chunk * CHUNK_BYTES + row * sizeof codes, sizeof codes);
+        add_products(codes, values[chunk].of(row), slice + chunk * COLUMNS * ROWS, sums);
       }
 #pragma GCC unroll 8
       for (int strip = 0; strip < STRIPS; ++strip) _mm512_store_ps(block_sums[row] + strip * STRIP_ROWS, sums[strip]);
