@@ -160,7 +160,7 @@ def cpu() -> str:
 
 def commit() -> str:
     """HEAD, and whether anything but results, which a run before this one may have written, differs from it."""
-    sources = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", f":!{RESULTS.relative_to(ROOT)}"]
+    sources = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"]
     changed = subprocess.run(sources, cwd=ROOT, capture_output=True, text=True).stdout
     return str(get_commit_info()["id"][:7]) + ("-dirty" if changed else "")
 
