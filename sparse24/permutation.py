@@ -13,7 +13,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparse24.conv import axis_of
+from sparse24.library import ops as _ops
 from sparse24.reporting import Report, progress
 
 GROUP = 4
@@ -45,8 +45,8 @@ def search(scores: Tensor, *, escapes: int = 0, seed: int = 0) -> Tensor:
     The same `seed` gives the same order. The last group, where K is no multiple of four, stays short.
     """
     columns = scores.shape[1]
-    sizes = F.pad(scores.detach().abs().double().T, (0, 0, 0, -columns % GROUP))  # [K, N]
-    order = torch.arange(len(sizes), device=sizes.device).view(-1, GROUP)
+    sizes = F.pad(scores.detach().cpu().float().abs().T, (0, 0, 0, -columns % GROUP)).contiguous()  # [K, N]
+    order = torch.arange(len(sizes)).view(-1, GROUP)
     if len(order) < 2:
         return order.flatten()[:columns]
     state = _Search(sizes, order)
@@ -68,22 +68,19 @@ def _fillers_last(order: Tensor, columns: int) -> Tensor:
     return flat[flat < columns]
 
 
-@cache
-def _splits() -> tuple[Tensor, Tensor, Tensor]:
-    """The 35 ways to cut eight columns into four and four: [35, 4] twice; and the six pairs of four columns, [6, 2]."""
-    first = [(0, *rest) for rest in itertools.combinations(range(1, 8), 3)]
-    second = [tuple(sorted(set(range(8)) - set(one))) for one in first]
-    return torch.tensor(first), torch.tensor(second), torch.tensor(list(itertools.combinations(range(4), 2)))
+# The ways to cut eight columns into four and four, in the order of kept_by_splits (csrc/cpu/permutation/permutation.h).
+_FIRST = torch.tensor([(0, *rest) for rest in itertools.combinations(range(1, 8), 3)])
+_SECOND = torch.tensor([sorted(set(range(8)) - set(one)) for one in _FIRST.tolist()])
 
 
 class _Search:
     """Groups of columns, and of each two groups what the best split would gain."""
 
-    PAIRS_AT_ONCE = 1 << 22  # numbers of one batch
     DISTURBED = 3  # groups
 
     def __init__(self, sizes: Tensor, order: Tensor) -> None:
         self.sizes, self.order = sizes, order
+        self.least = 1e-6 * float(sizes.sum(dtype=torch.float64)) / len(order)  # a gain above rounding, of a pair
         groups = len(order)
         self.gains = torch.full((groups, groups), -torch.inf, dtype=torch.float64)
         self.best = torch.zeros(groups, groups, dtype=torch.long)
@@ -95,22 +92,13 @@ class _Search:
         return twin
 
     def kept(self) -> float:
-        return float(self.sizes[self.order].topk(2, 1).values.sum())
+        return float(self.sizes[self.order].topk(2, 1).values.sum(dtype=torch.float64))
 
     def evaluate(self, pairs: Tensor) -> None:
         """Fill in gains and best for pairs [P, 2] of groups, the smaller first."""
-        first, second, two = (table.to(self.sizes.device) for table in _splits())
-        step = max(1, self.PAIRS_AT_ONCE // (28 * self.sizes.shape[1]))
-        for part in torch.split(pairs, step):
-            eight = self.sizes[self.order[part].flatten(1)]  # [P, 8, N]
-            kept = eight.new_zeros(len(part), len(first))
-            for half in (first, second):
-                for split, four in enumerate(half.tolist()):
-                    quarter = eight[:, four]
-                    largest = torch.stack([quarter[:, a] + quarter[:, b] for a, b in two.tolist()]).amax(0)
-                    kept[:, split] += largest.sum(1)
-            gain, best = (kept - kept[:, :1]).max(1)  # split 0 leaves all as it is
-            self.gains[part[:, 0], part[:, 1]], self.best[part[:, 0], part[:, 1]] = gain.cpu(), best.cpu()
+        kept = _ops.kept_by_splits(self.sizes, self.order[pairs].flatten(1))
+        gain, best = (kept - kept[:, :1]).max(1)  # split 0 leaves all as it is
+        self.gains[pairs[:, 0], pairs[:, 1]], self.best[pairs[:, 0], pairs[:, 1]] = gain, best
 
     def climb(self) -> None:
         """Splits the pair of groups that gains most, until none does."""
@@ -118,12 +106,11 @@ class _Search:
         while True:
             place = int(self.gains.argmax())
             a, b = place // groups, place % groups
-            if float(self.gains[a, b]) <= 1e-9 * float(self.sizes.sum()) / len(self.sizes):
+            if float(self.gains[a, b]) <= self.least:
                 return
-            first, second, _ = _splits()
             eight = self.order[[a, b]].flatten()
             split = int(self.best[a, b])
-            self.order[a], self.order[b] = eight[first[split]], eight[second[split]]
+            self.order[a], self.order[b] = eight[_FIRST[split]], eight[_SECOND[split]]
             self._refresh(a, b)
 
     def disturb(self, random: torch.Generator) -> None:
@@ -566,6 +553,5 @@ def _permuted(space: _Space) -> Permuted:
     most = float(sizes.topk(2 * groups + min(rest, 2), 1).values.sum())
     names = ", ".join(space.readers[:3]) + (f" and {len(space.readers) - 3} more" if len(space.readers) > 3 else "")
     way = (after - before) / (most - before) if most > before else 0.0
-    return Permuted(
-        names, sizes.shape[1], *(f"{100 * one / total:.2f} %" for one in (before, after)), f"{100 * way:.1f} %"
-    )
+    shares = [f"{100 * one / total:.2f} %" for one in (before, after)]
+    return Permuted(names, sizes.shape[1], shares[0], shares[1], f"{100 * way:.1f} %")
