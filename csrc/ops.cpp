@@ -14,6 +14,7 @@
 #include "csrc/cpu/isa.h"
 #include "csrc/cpu/linear/linear.h"
 #include "csrc/cpu/parallel.h"
+#include "csrc/cpu/permutation/permutation.h"
 #include "csrc/operands.h"
 #include "csrc/ops_dense.h"
 #include "csrc/ops_device.h"
@@ -21,6 +22,7 @@
 
 STABLE_TORCH_LIBRARY(sparse24, m) {
   m.def("prune_mask(Tensor weight, str pattern) -> Tensor");
+  m.def("kept_by_splits(Tensor sizes, Tensor eights) -> Tensor");
   m.def("compress(Tensor weight, str pattern) -> (Tensor values, Tensor meta)");
   m.def("prune_compress(Tensor weight, str pattern) -> (Tensor values, Tensor meta)");
   m.def("decompress(Tensor values, Tensor meta, SymInt in_features, str dtype, str pattern) -> Tensor");
@@ -185,6 +187,24 @@ Tensor prune_mask(const Tensor& weight, std::string pattern) {
   Tensor mask = empty_like_device(weight, {rows.dense.rows, rows.dense.in_features}, ScalarType::Bool);
   cpu::prune_mask(rows.dense, kind, static_cast<uint8_t*>(mask.mutable_data_ptr()));
   return mask;
+}
+
+// sizes [columns, rows] float32, eights [P, 8] int64: what 2:4 keeps of the eight columns, for each split, [P, 35].
+Tensor kept_by_splits(const Tensor& sizes, const Tensor& eights) {
+  REQUIRE(sizes.dim() == 2 && sizes.is_contiguous() && sizes.scalar_type() == ScalarType::Float,
+          "sizes must be a contiguous float32 [columns, rows]; got ", shape_of(sizes));
+  REQUIRE(eights.dim() == 2 && eights.size(1) == cpu::SPLIT_COLUMNS && eights.is_contiguous() &&
+              eights.scalar_type() == ScalarType::Long,
+          "eights must be a contiguous int64 [P, 8]; got ", shape_of(eights));
+  const auto columns = static_cast<const int64_t*>(eights.const_data_ptr());
+  for (int64_t i = 0; i < eights.numel(); ++i) {
+    REQUIRE(columns[i] >= 0 && columns[i] < sizes.size(0), "eights must name columns of sizes, 0 to ",
+            sizes.size(0) - 1, "; got ", columns[i]);
+  }
+  Tensor kept = empty_like_device(sizes, {eights.size(0), cpu::SPLITS}, ScalarType::Double);
+  cpu::kept_by_splits(static_cast<const float*>(sizes.const_data_ptr()), sizes.size(1), columns, eights.size(0),
+                      static_cast<double*>(kept.mutable_data_ptr()));
+  return kept;
 }
 
 // Contiguous values and meta that have passed every check.
@@ -448,6 +468,7 @@ std::string linear_plan_of(const Tensor& x, int64_t out_features, std::string dt
 
 STABLE_TORCH_LIBRARY_IMPL(sparse24, CPU, m) {
   m.impl("prune_mask", TORCH_BOX(&prune_mask));
+  m.impl("kept_by_splits", TORCH_BOX(&kept_by_splits));
   m.impl("compress", TORCH_BOX(&compress));
   m.impl("prune_compress", TORCH_BOX(&prune_compress));
   m.impl("decompress", TORCH_BOX(&decompress));

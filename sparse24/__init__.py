@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 from sparse24.conv import SparseConv2d
 from sparse24.conversion import convert
 from sparse24.io import load, save
+from sparse24.mask_check import check_masks
 from sparse24.nn import SparseLinear
 from sparse24.ops import compress, decompress, prune_compress, prune_mask, validate
+from sparse24.permutation import permute
 from sparse24.pruning import prune
 from sparse24.quantization import quantize
 from sparse24.reporting import report
@@ -21,12 +23,14 @@ __version__ = "0.1.0"
 __all__ = [
     "SparseConv2d",
     "SparseLinear",
+    "check_masks",
     "compress",
     "convert",
     "decompress",
     "emulate",
     "load",
     "load_tuned",
+    "permute",
     "prune",
     "prune_compress",
     "prune_mask",

@@ -1,14 +1,17 @@
-"""prune(model): magnitude masks on the weights of a model, as parametrisations that training respects."""
+"""prune(model): masks on the weights of a model, as parametrisations that training respects."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparse24 import ops
-from sparse24.conv import as_matrix, axis_of, from_matrix
-from sparse24.reporting import Outcome, Report, own_parametrizations, product_layers
+from sparse24.calibration import Calibration, sparsegpt, wanda
+from sparse24.conv import axis_of
+from sparse24.masks import Columns
+from sparse24.reporting import Outcome, Report, own_parametrizations, product_layers, progress
 
 Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
@@ -33,40 +36,104 @@ class Mask(nn.Module):
         return f"pattern={self.pattern}"
 
 
-def prune(model: nn.Module, pattern: str = "2:4", *, skip: Skip = ()) -> Report[Outcome]:
-    """Mask every nn.Linear and nn.Conv2d of `model` by magnitude, in place; the model stays dense and trainable.
+METHODS = ("magnitude", "wanda", "sparsegpt")
+
+
+def prune(
+    model: nn.Module,
+    pattern: str = "2:4",
+    *,
+    skip: Skip = (),
+    method: str = "magnitude",
+    calibration: Iterable[Any] | None = None,
+    transposable: bool = False,
+) -> Report[Outcome]:
+    """Mask every nn.Linear and nn.Conv2d of `model`, in place; the model stays dense and trainable.
 
     pattern: "2:4", the stricter "1:2", or "pair 4:8", which int4 weights need (quantize(dtype=torch.int4)). The mask is
     chosen now, from the weights as they are, and stays. Of a convolution it runs along the input channels of each group
     at each kernel position; of a patch convolution of fewer than four channels along [C, R, S] flattened.
     skip: names of modules to leave alone, each with all below it; or a function of (name, module).
+    method: "magnitude" keeps the largest |W|; "wanda" the largest |W| times the norm of what it is multiplied by, over
+    the batches of `calibration`; "sparsegpt" also changes the weights that stay, so that they make up for those that
+    go (calibration.py says where these come from). A batch is what the model is called with: a Tensor, a tuple of
+    arguments or a mapping; `calibration` is gone through once for each layer, in eval mode. Layers are pruned in the
+    order in which they are called. An interrupted call leaves every layer whole, pruned or not; calling again goes on
+    with the rest, to the same result.
+    transposable: 2:4 along columns as well (along the output channels), the best such mask (masks.transposable_mask):
+    then the gradient of x multiplies by a 2:4 matrix too. Not with sparsegpt, whose weights follow one column after
+    the other.
     Returns one row per layer: "pruned", or "skipped" with the reason.
-    Raises RuntimeError if the pattern is unknown, or if skip names a module that the model does not have.
+    Raises RuntimeError for arguments that do not fit each other, or if skip names a module that the model does not
+    have.
     """
     if pattern not in ops.PATTERNS:
         raise RuntimeError(f"pattern must be '2:4', '1:2' or 'pair 4:8'; got {pattern!r}")
+    if method not in METHODS:
+        raise RuntimeError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
+    if (calibration is None) != (method == "magnitude"):
+        what = "needs calibration batches" if calibration is None else "takes no calibration batches"
+        raise RuntimeError(f"method {method!r} {what}")
+    if transposable and (pattern != "2:4" or method == "sparsegpt"):
+        raise RuntimeError(f"transposable masks are of pattern '2:4' and not of sparsegpt; got {pattern!r}, {method!r}")
     skips = _skip_rule(model, skip)
-    rows = []
-    for found in product_layers(model):
-        layer, reason, detail = found.module, found.reason, pattern
-        if not reason and skips(found.name, layer):
-            reason = "asked to"
-        if not reason and isinstance(layer, (nn.Linear, nn.Conv2d)):
-            if own_parametrizations(layer):
-                reason = "it is pruned already"
+    reasons: dict[str, str] = {}
+    layers: dict[str, nn.Linear | nn.Conv2d] = {}
+    every = list(product_layers(model))
+    for found in every:
+        reasons[found.name] = found.reason
+        if not found.reason and skips(found.name, found.module):
+            reasons[found.name] = "asked to"
+        elif not found.reason and isinstance(found.module, (nn.Linear, nn.Conv2d)):
+            if own_parametrizations(found.module):
+                reasons[found.name] = "it is pruned already"
             else:
-                axis = axis_of(layer)[0] if isinstance(layer, nn.Conv2d) else ""
-                mask = _magnitude_mask(layer.weight.detach().cpu(), pattern, axis).to(layer.weight.device)
-                parametrize.register_parametrization(layer, "weight", Mask(mask, pattern))
-                detail += f", axis={axis}" if axis else ""
+                layers[found.name] = found.module
+    if calibration is None:
+        for layer in layers.values():
+            columns = Columns(layer)
+            kept = columns.mask(columns.of(layer.weight.detach()), pattern, transposable)
+            _put(layer, Mask(columns.back(kept), pattern))
+    else:
+        unreached = _prune_by_inputs(model, layers, pattern, method, calibration, transposable)
+        reasons |= dict.fromkeys(unreached, "the calibration batches do not reach it")
+
+    rows = []
+    for found in every:
+        reason, detail = reasons[found.name], f"{pattern}{', transposable' if transposable else ''}"
+        if isinstance(found.module, nn.Conv2d):
+            detail += f", axis={axis_of(found.module)[0]}"
         rows.append(Outcome(found.name, found.shape, "skipped" if reason else "pruned", reason or detail))
-    return Report(f"prune to {pattern}", rows)
+    return Report(f"prune to {pattern}{'' if method == 'magnitude' else f' by {method}'}", rows)
 
 
-def _magnitude_mask(weight: Tensor, pattern: str, axis: str) -> Tensor:
-    if not axis:
-        return ops.prune_mask(weight, pattern)
-    return from_matrix(ops.prune_mask(as_matrix(weight, axis), pattern), tuple(weight.shape), axis)
+def _prune_by_inputs(
+    model: nn.Module,
+    layers: dict[str, nn.Linear | nn.Conv2d],
+    pattern: str,
+    method: str,
+    batches: Iterable[Any],
+    transposable: bool,
+) -> list[str]:
+    """Prunes layer by layer; returns the names of those that the batches do not reach."""
+    calibration = Calibration(model, batches)
+    calls = calibration.order(layers.values())
+    places = {layer_id: place for place, layer_id in enumerate(calls)}
+    reached = [layer for layer in layers.values() if id(layer) in calls]
+    for layer in progress(sorted(reached, key=lambda layer: places[id(layer)]), f"pruning by {method}"):
+        columns, inputs = Columns(layer), calibration.inputs(layer, calls[id(layer)])
+        if method == "wanda":
+            mask, weight = wanda(layer, columns, pattern, inputs, transposable)
+        else:
+            mask, weight = sparsegpt(layer, columns, pattern, inputs)
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+        _put(layer, Mask(mask, pattern))
+    return [name for name, layer in layers.items() if id(layer) not in calls]
+
+
+def _put(layer: nn.Module, mask: Mask) -> None:
+    parametrize.register_parametrization(layer, "weight", mask)
 
 
 def _skip_rule(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:

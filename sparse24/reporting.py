@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -43,6 +43,7 @@ class Cost:
 
 
 Row = TypeVar("Row")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -287,3 +288,13 @@ def _bytes(module: nn.Module) -> int:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def progress(items: Iterable[Item], description: str) -> Iterable[Item]:
+    """The items, with a bar on the terminal where rich is installed."""
+    items = list(items)
+    try:
+        from rich.progress import track
+    except ImportError:
+        return items
+    return track(items, description=description)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from sparse24 import ops
 from sparse24.library import ops as _ops
 from sparse24.nn import SparseLinear
-from sparse24.reporting import Report
+from sparse24.reporting import Report, progress
 
 _FORMAT = "sparse24 tuned kernels, 1"
 _SECONDS = 0.1  # for each kernel of a product
@@ -90,7 +90,7 @@ def tune(
     for layer in layers:
         for m in seen.get(id(layer), ()) if example_inputs is not None else tokens:
             products.setdefault(_key(layer, m), layer)
-    for key, layer in _progress(products.items()):
+    for key, layer in progress(products.items(), "measuring"):
         if key not in done:
             done[key] = _measure(layer, key)
             _write(file, done.values())
@@ -176,15 +176,6 @@ def _interleaved(runs: list[Callable[[], object]]) -> list[float]:
             run()
             own.append(time.perf_counter() - start)
     return [statistics.median(own) for own in times]
-
-
-def _progress(items: Iterable[Any]) -> Iterable[Any]:
-    items = list(items)
-    try:
-        from rich.progress import track
-    except ImportError:
-        return items
-    return track(items, description="measuring")
 
 
 def _read(file: Path) -> list[Measured]:
