@@ -10,9 +10,10 @@ from sparse24.mask_check import check_masks
 from sparse24.nn import SparseLinear
 from sparse24.ops import compress, decompress, prune_compress, prune_mask, validate
 from sparse24.permutation import permute
-from sparse24.pruning import prune
+from sparse24.pruning import GradualPruning, prune
 from sparse24.quantization import quantize
 from sparse24.reporting import report
+from sparse24.retraining import paper_skips, retrain
 from sparse24.tuning import default_path, load_tuned, tune
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "GradualPruning",
     "SparseConv2d",
     "SparseLinear",
     "check_masks",
@@ -30,6 +32,7 @@ __all__ = [
     "emulate",
     "load",
     "load_tuned",
+    "paper_skips",
     "permute",
     "prune",
     "prune_compress",
@@ -37,6 +40,7 @@ __all__ = [
     "ptx",
     "quantize",
     "report",
+    "retrain",
     "save",
     "tune",
     "validate",
