@@ -21,12 +21,12 @@ Train = Callable[[nn.Module], object]
 
 
 def paper_skips(bits: int = 16) -> Callable[[str, nn.Module], bool]:
-    """The paper's rule of what not to prune, for prune(skip=): inner sizes that are no multiple of 16, for 8 bits of 32.
+    """The paper's rule of what not to prune, for prune(skip=): inner sizes no multiple of 16, for 8 bits of 32.
 
-    The inner size is in_features, or C * R * S of a convolution (per group): the first 7 x 7 x 3 convolution of a ResNet
-    has 147 and stays dense. The kernels here take any size; the rule matters to those who compare. Embeddings and
-    products without weights are never pruned; layers that only training needs, such as auxiliary classifiers, are named
-    by the user.
+    The inner size is in_features, or C * R * S of a convolution (per group): the first 7 x 7 x 3 convolution of a
+    ResNet has 147 and stays dense. The kernels here take any size; the rule matters to those who compare. Embeddings
+    and products without weights are never pruned; layers that only training needs, such as auxiliary classifiers, are
+    named by the user. Raises RuntimeError for other bits.
     """
     if bits not in (8, 16):
         raise RuntimeError(f"bits must be 8 or 16; got {bits}")

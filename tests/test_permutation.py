@@ -11,8 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparse24
-from sparse24 import permutation
+from sparse24 import ops, permutation
 from sparse24.permutation import kept_magnitude, permute, search
+
+ALL_ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
+ISAS = ALL_ISAS[: ALL_ISAS.index(ops.cpu_isa()) + 1]
 
 # "Accelerating Sparse Deep Neural Networks" (arXiv 2104.08378), Fig. 6
 FIGURE_6 = torch.tensor(
@@ -67,6 +70,35 @@ def test_escapes_keep_no_less() -> None:
     scores = torch.rand(8, 32, generator=torch.Generator().manual_seed(0))
     kept = [kept_magnitude(scores[:, search(scores, escapes=count)]) for count in (0, 30)]
     assert kept[1] > kept[0]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("rows", [0, 1, 15, 16, 33, 700])
+def test_every_split_of_eight_columns(isa: str, rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    sizes = torch.rand(19, rows, generator=generator)
+    eights = torch.stack([torch.randperm(19, generator=generator)[:8] for _ in range(5)])
+    with ops.force_cpu_isa(isa):
+        kept = torch.ops.sparse24.kept_by_splits(sizes, eights)
+    for eight, found in zip(eights, kept, strict=True):
+        for split, rest in enumerate(itertools.combinations(range(1, 8), 3)):
+            first = [0, *rest]
+            halves = [eight[first], eight[sorted(set(range(8)) - set(first))]]
+            expected = sum(float(sizes[half].double().topk(2, 0).values.sum()) for half in halves)
+            assert float(found[split]) == pytest.approx(expected, rel=(rows + 2) * 2**-24)
+
+
+def test_columns_that_are_not_there_are_refused() -> None:
+    sizes = torch.rand(9, 4)
+    for bad, message in (
+        (torch.arange(2, 10)[None], "eights must name columns of sizes, 0 to 8; got 9"),
+        (torch.arange(-1, 7)[None], "got -1"),
+        (torch.arange(7)[None], r"eights must be a contiguous int64 \[P, 8\]; got \[1, 7\]"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.sparse24.kept_by_splits(sizes, bad)
+    with pytest.raises(RuntimeError, match="sizes must be a contiguous float32"):
+        torch.ops.sparse24.kept_by_splits(sizes.double(), torch.arange(8)[None])
 
 
 # ---- Networks --------------------------------------------------------------------------------------------------------
