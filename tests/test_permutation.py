@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparse24
-from sparse24 import ops, permutation
+from sparse24 import ops
+from sparse24.channel_spaces import Walk
 from sparse24.permutation import kept_magnitude, permute, search
 
 ALL_ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
@@ -64,6 +65,14 @@ def test_any_number_of_columns(columns: int) -> None:
     assert sorted(order.tolist()) == list(range(columns))
     assert kept_magnitude(scores[:, order]) >= kept_magnitude(scores)
     assert torch.equal(order, search(scores))
+
+
+def test_what_is_not_finite_is_left_out() -> None:
+    scores = torch.rand(6, 16, generator=torch.Generator().manual_seed(0))
+    broken = scores.clone()
+    broken[1, 3], broken[2, 7], broken[4, 9] = torch.nan, torch.inf, -torch.inf
+    zeros = torch.where(broken.isfinite(), broken, 0)
+    assert torch.equal(search(broken), search(zeros))
 
 
 def test_escapes_keep_no_less() -> None:
@@ -240,7 +249,7 @@ def test_a_wrong_rule_is_noticed_and_put_back(monkeypatch: pytest.MonkeyPatch) -
         dims = [self.dims[part] for part in node.args[0]]
         return [*dims[0][:-1], self.spaces.new(24)]
 
-    monkeypatch.setattr(permutation._Walk, "_cat", wrong)
+    monkeypatch.setattr(Walk, "_cat", wrong)
     with pytest.raises(RuntimeError, match=r"changed the outputs by .* the model is as it was"):
         permute(model, torch.randn(4, 8))
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
