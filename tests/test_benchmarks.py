@@ -376,8 +376,15 @@ def test_committed_results_are_whole_and_say_what_their_rows_say(name):
         assert all(0 < picture.stat().st_size < 300_000 for picture in pictures)
 
 
-def test_readme_has_the_committed_table(capsys):
+def test_the_documents_have_the_committed_tables(capsys):
     command.main(["--markdown"])
-    _, _, rest = (measure.ROOT / "README.md").read_text().partition(f"{summary.BEGIN}\n")
-    table, _, after = rest.partition(summary.END)
-    assert after and table == capsys.readouterr().out
+    tables = ""
+    for document, begin, end in (
+        ("README.md", summary.BEGIN, summary.END),
+        ("docs/cpu.md", summary.MEANS_BEGIN, summary.MEANS_END),
+    ):
+        _, _, rest = (measure.ROOT / document).read_text().partition(f"{begin}\n")
+        table, _, after = rest.partition(end)
+        assert after, document
+        tables += table
+    assert tables == capsys.readouterr().out

@@ -4,7 +4,7 @@
     python -m benchmarks.cpu --resume              goes on where an interrupted run stopped
     python -m benchmarks.cpu --only linear --shapes 768x3072 --tokens 1 197 --dtypes bfloat16 --threads 1
                                                    a part of it, printed only
-    python -m benchmarks.cpu --markdown            README.md's table, from the committed results
+    python -m benchmarks.cpu --markdown            the tables of README.md and docs/cpu.md, from the committed results
     python -m benchmarks.cpu --draw                the plots anew, from the committed results
 
 Everything runs through the public operators and modules: the output is allocated by every call, Python is included.

@@ -43,7 +43,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted run of all stopped")
     parser.add_argument("--results", type=Path, metavar="DIR", help="write there, also what is only a part")
     parser.add_argument("--draw", action="store_true", help="only draw the plots, from the committed results")
-    parser.add_argument("--markdown", action="store_true", help="only print README.md's table, from committed results")
+    parser.add_argument("--markdown", action="store_true", help="only print the tables of README.md and docs/cpu.md")
     return parser.parse_args(arguments)
 
 
@@ -143,6 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.markdown:
         for path in results.committed("encoders"):
             print(summary.markdown(json.loads(path.read_text())))
+        layers = [json.loads(path.read_text()) for family in ("linear", "conv") for path in results.committed(family)]
+        print(summary.means_markdown(layers))
         return 0
     if options.draw:
         for family in options.only:

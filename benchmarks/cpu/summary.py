@@ -173,9 +173,26 @@ def limit_table(found: list[dict[str, Any]]) -> Table:
     return table
 
 
-# ---- README.md -------------------------------------------------------------------------------------------------------
+# ---- README.md and docs/cpu.md ----------------------------------------------------------------------------------------
 
 BEGIN, END = "<!-- encoders: python -m benchmarks.cpu --markdown -->", "<!-- end of encoders -->"
+MEANS_BEGIN, MEANS_END = "<!-- means: python -m benchmarks.cpu --markdown -->", "<!-- end of means -->"
+
+
+def means_markdown(results: Sequence[dict[str, Any]]) -> str:
+    """docs/cpu.md's table: the geometric mean of each regime, range and losses."""
+    means = [row for result in results for row in result["means"]]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in means))
+    lines = [_line(["", *dtypes]), _line(["---"] + ["--:"] * len(dtypes))]
+    for regime in dict.fromkeys(row["regime"] for row in means):
+        mine = {row["dtype"]: row for row in means if row["regime"] == regime}
+        lines.append(_line([regime, *(_mean(mine[dtype]) if dtype in mine else "" for dtype in dtypes)]))
+    return "\n".join(lines)
+
+
+def _mean(row: dict[str, Any]) -> str:
+    losses = f", {row['losses']} of {row['cells']} lost" if row["losses"] else ""
+    return f"{row['mean']:.2f} ({row['range'][0]:.2f}–{row['range'][1]:.2f}{losses})"
 
 
 def markdown(result: dict[str, Any]) -> str:
