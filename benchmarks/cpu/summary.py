@@ -173,7 +173,7 @@ def limit_table(found: list[dict[str, Any]]) -> Table:
     return table
 
 
-# ---- README.md and docs/cpu.md ----------------------------------------------------------------------------------------
+# ---- README.md and docs/cpu.md ---------------------------------------------------------------------------------------
 
 BEGIN, END = "<!-- encoders: python -m benchmarks.cpu --markdown -->", "<!-- end of encoders -->"
 MEANS_BEGIN, MEANS_END = "<!-- means: python -m benchmarks.cpu --markdown -->", "<!-- end of means -->"
