@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,6 +107,47 @@ def test_masks_hold_under_autocast_and_a_gradient_scaler() -> None:
         scaler.step(optimizer)
         scaler.update()
     assert {row.verdict for row in sparse24.check_masks(model).rows} == {"runs sparse"}
+
+
+def _one_of_two_processes(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    model = network()
+    sparse24.prune(model)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+    x, target = data()
+    for step in range(5):
+        part = slice(64 * (2 * (step % 2) + rank), 64 * (2 * (step % 2) + rank) + 64)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(parallel(x[part]), target[part]).backward()
+        optimizer.step()
+    torch.save(model.state_dict(), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_masks_hold_in_two_processes_that_share_gradients(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_one_of_two_processes, (str(tmp_path),), nprocs=2)
+    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert all(torch.equal(tensor, two[key]) for key, tensor in one.items())
+    model = network()
+    sparse24.prune(model)
+    masks = [layer.weight != 0 for layer in model if isinstance(layer, nn.Linear)]
+    model.load_state_dict(one)
+    for layer, mask in zip([layer for layer in model if isinstance(layer, nn.Linear)], masks, strict=True):
+        assert not ((layer.weight != 0) & ~mask).any()
+
+    # One process that sees both halves takes the same steps: the gradient is the mean of theirs.
+    alone = network()
+    sparse24.prune(alone)
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+    x, target = data()
+    for step in range(5):
+        part = slice(128 * (step % 2), 128 * (step % 2) + 128)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(alone(x[part]), target[part]).backward()
+        optimizer.step()
+    for key, tensor in alone.state_dict().items():
+        torch.testing.assert_close(tensor, one[key], rtol=1e-4, atol=1e-6)
 
 
 def test_the_papers_rule() -> None:
