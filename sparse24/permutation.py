@@ -37,8 +37,8 @@ def kept_magnitude(scores: Tensor) -> float:
 def search(scores: Tensor, *, escapes: int = 0, seed: int = 0) -> Tensor:
     """An order of the columns of scores [N, K] in which 2:4 keeps more: int64 [K].
 
-    Of two groups, the eight columns fall into the best of their 35 splits; the pair of groups that gains most is split
-    anew until none gains. Then the columns of three random groups are shuffled and the same starts again from there,
+    Of two groups, the eight columns fall into the best of their 35 splits; pairs are split anew, those that gain most
+    first, until none gains. Then the columns of three random groups are shuffled and the same starts again from there,
     `escapes` times; an order that keeps no more is given up (after Pool and Yu 2021, "Channel Permutations for N:M
     Sparsity": their stripes of two groups, and an escape of our own).
     The same `seed` gives the same order. The last group, where K is no multiple of four, stays short. What is not
@@ -80,6 +80,8 @@ _SECOND = torch.tensor([sorted(set(range(8)) - set(one)) for one in _FIRST.tolis
 class _Search:
     """Groups of columns, and of each two groups what the best split would gain."""
 
+    PAIRS_AT_ONCE = 1 << 16  # 18 MB of numbers
+    CANDIDATES = 4  # pairs a group that a round looks at
     DISTURBED = 3  # groups
 
     def __init__(self, sizes: Tensor, order: Tensor) -> None:
@@ -100,22 +102,30 @@ class _Search:
 
     def evaluate(self, pairs: Tensor) -> None:
         """Fill in gains and best for pairs [P, 2] of groups, the smaller first."""
-        kept = _ops.kept_by_splits(self.sizes, self.order[pairs].flatten(1))
-        gain, best = (kept - kept[:, :1]).max(1)  # split 0 leaves all as it is
-        self.gains[pairs[:, 0], pairs[:, 1]], self.best[pairs[:, 0], pairs[:, 1]] = gain, best
+        for part in torch.split(pairs, self.PAIRS_AT_ONCE):
+            kept = _ops.kept_by_splits(self.sizes, self.order[part].flatten(1))
+            gain, best = (kept - kept[:, :1]).max(1)  # split 0 leaves all as it is
+            self.gains[part[:, 0], part[:, 1]], self.best[part[:, 0], part[:, 1]] = gain, best
 
     def climb(self) -> None:
-        """Splits the pair of groups that gains most, until none does."""
+        """Splits pairs of groups anew, best gain first and each group once a round, until none gains."""
         groups = len(self.order)
         while True:
-            place = int(self.gains.argmax())
-            a, b = place // groups, place % groups
-            if float(self.gains[a, b]) <= self.least:
+            gains = self.gains.flatten()
+            found = torch.topk(gains, min(len(gains), self.CANDIDATES * groups))
+            changed: set[int] = set()
+            for gain, place in zip(found.values.tolist(), found.indices.tolist(), strict=True):
+                a, b = place // groups, place % groups
+                if gain <= self.least:
+                    break
+                if a in changed or b in changed:
+                    continue
+                changed |= {a, b}
+                eight, split = self.order[[a, b]].flatten(), int(self.best[a, b])
+                self.order[a], self.order[b] = eight[_FIRST[split]], eight[_SECOND[split]]
+            if not changed:
                 return
-            eight = self.order[[a, b]].flatten()
-            split = int(self.best[a, b])
-            self.order[a], self.order[b] = eight[_FIRST[split]], eight[_SECOND[split]]
-            self._refresh(a, b)
+            self._refresh(*changed)
 
     def disturb(self, random: torch.Generator) -> None:
         groups = torch.randperm(len(self.order), generator=random)[: self.DISTURBED]
@@ -124,9 +134,10 @@ class _Search:
         self._refresh(*groups.tolist())
 
     def _refresh(self, *changed: int) -> None:
-        others = torch.arange(len(self.order))
-        pairs = [torch.stack([others[others != one], torch.full((len(others) - 1,), one)], 1) for one in changed]
-        self.evaluate(torch.unique(torch.cat(pairs).sort(1).values, dim=0))
+        is_changed = torch.zeros(len(self.order), dtype=torch.bool)
+        is_changed[list(changed)] = True
+        pairs = torch.combinations(torch.arange(len(self.order)))
+        self.evaluate(pairs[is_changed[pairs].any(1)])
 
 
 # ---- On a model ------------------------------------------------------------------------------------------------------
