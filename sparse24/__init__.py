@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING, Any
 from sparse24.conv import SparseConv2d
 from sparse24.conversion import convert
 from sparse24.io import load, save
-from sparse24.mask_check import check_masks
 from sparse24.nn import SparseLinear
 from sparse24.ops import compress, decompress, prune_compress, prune_mask, validate
-from sparse24.permutation import permute
 from sparse24.pruning import GradualPruning, prune
 from sparse24.quantization import quantize
 from sparse24.reporting import report
-from sparse24.retraining import paper_skips, retrain
 from sparse24.tuning import default_path, load_tuned, tune
 
 if TYPE_CHECKING:
     from sparse24.emulation import emulate
+    from sparse24.mask_check import check_masks
+    from sparse24.permutation import permute
+    from sparse24.retraining import paper_skips, retrain
 
 __version__ = "0.1.0"
 
@@ -51,9 +51,18 @@ if default_path().exists():  # what tune() kept for this CPU and version
     load_tuned()
 
 
+_LATER = {  # imported when first used, so that `import sparse24` stays quick
+    "check_masks": "mask_check",
+    "emulate": "emulation",
+    "paper_skips": "retraining",
+    "permute": "permutation",
+    "retrain": "retraining",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "ptx":  # the emulator is imported when it is first used
+    if name == "ptx":
         return importlib.import_module("sparse24.ptx")
-    if name == "emulate":
-        return importlib.import_module("sparse24.emulation").emulate
+    if name in _LATER:
+        return getattr(importlib.import_module(f"sparse24.{_LATER[name]}"), name)
     raise AttributeError(f"module 'sparse24' has no attribute {name!r}")

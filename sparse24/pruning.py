@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparse24 import ops
-from sparse24.calibration import Calibration, sparsegpt, wanda
 from sparse24.conv import axis_of
 from sparse24.masks import Columns
 from sparse24.reporting import Outcome, Report, own_parametrizations, parametrizations, product_layers, progress
@@ -116,6 +115,8 @@ def _prune_by_inputs(
     transposable: bool,
 ) -> list[str]:
     """Prunes layer by layer; returns the names of those that the batches do not reach."""
+    from sparse24.calibration import Calibration, sparsegpt, wanda  # here, so that `import sparse24` stays quick
+
     calibration = Calibration(model, batches)
     calls = calibration.order(layers.values())
     places = {layer_id: place for place, layer_id in enumerate(calls)}

@@ -3,6 +3,8 @@
 import os
 import re
 import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import mutation
@@ -284,11 +286,27 @@ MUTANTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def planted(
+    request: pytest.FixtureRequest, native_release: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[Path]]]:
+    """The programs with the planted bugs that are asked for, built side by side: most of a test is its compiler."""
+    tests = [item for item in request.session.items if item.name.startswith("test_planted_bug_is_caught[")]
+    names = [item.callspec.params["name"] for item in tests]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {
+            name: pool.submit(
+                mutation.build, MUTANTS[name], native_release, MUTANTS[name].caught_by, tmp_path_factory.mktemp("bug")
+            )
+            for name in names
+        }
+        pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.parametrize("name", MUTANTS)
-def test_planted_bug_is_caught(name: str, native_release: Path, tmp_path: Path) -> None:
-    mutant = MUTANTS[name]
-    output = mutation.build(mutant, native_release, mutant.caught_by, tmp_path)
-    assert run(output, native_release / "fake").returncode != 0, f"{mutant.caught_by} did not notice: {name}"
+def test_planted_bug_is_caught(name: str, native_release: Path, planted: dict[str, Future[Path]]) -> None:
+    program = planted[name].result()
+    assert run(program, native_release / "fake").returncode != 0, f"{MUTANTS[name].caught_by} did not notice: {name}"
 
 
 KERNEL_MUTANTS = {
