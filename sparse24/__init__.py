@@ -5,16 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 from sparse24.conv import SparseConv2d
 from sparse24.conversion import convert
-from sparse24.io import load, save
 from sparse24.nn import SparseLinear
 from sparse24.ops import compress, decompress, prune_compress, prune_mask, validate
-from sparse24.pruning import GradualPruning, prune
+from sparse24.pruning import prune
 from sparse24.quantization import quantize
 from sparse24.reporting import report
 from sparse24.tuning import default_path, load_tuned, tune
 
 if TYPE_CHECKING:
     from sparse24.emulation import emulate
+    from sparse24.gradual import GradualPruning
+    from sparse24.io import load, save
     from sparse24.mask_check import check_masks
     from sparse24.permutation import permute
     from sparse24.retraining import paper_skips, retrain
@@ -52,11 +53,14 @@ if default_path().exists():  # what tune() kept for this CPU and version
 
 
 _LATER = {  # imported when first used, so that `import sparse24` stays quick
+    "GradualPruning": "gradual",
     "check_masks": "mask_check",
     "emulate": "emulation",
+    "load": "io",
     "paper_skips": "retraining",
     "permute": "permutation",
     "retrain": "retraining",
+    "save": "io",
 }
 
 
