@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -67,6 +68,15 @@ def groups_of(columns: int, segments: list[int]) -> list[range]:
     return [range(k, min(k + 4, end)) for begin, end in zip(segments, ends, strict=True) for k in range(begin, end, 4)]
 
 
+def outputs_of(layer: nn.Module, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, list[range]]]:
+    """For each output: inputs [tokens, columns], weights [columns] and groups, all in the order of the groups."""
+    for output in range(len(layer.weight)):
+        x = torch.cat([inputs_of_output(layer, batch, output) for batch in batches])
+        flat, segments = ordered(x, layer)
+        weight, _ = ordered(layer.weight[output].detach().double(), layer)
+        yield flat, weight, groups_of(len(weight), segments)
+
+
 def keep_two(scores: Tensor, groups: list[range]) -> Tensor:
     kept = torch.zeros(scores.shape, dtype=torch.bool)
     for group in groups:
@@ -80,11 +90,8 @@ def test_wanda_is_its_definition(name: str) -> None:
     layer = copy.deepcopy(LAYERS[name])
     batches = batches_for(layer)
     expected = []
-    for output in range(len(layer.weight)):
-        x = torch.cat([inputs_of_output(layer, batch, output) for batch in batches])
-        flat, segments = ordered(x, layer)
-        weight, _ = ordered(layer.weight[output].detach().double(), layer)
-        expected.append(keep_two(weight.abs() * flat.square().sum(0).sqrt(), groups_of(len(weight), segments)))
+    for flat, weight, groups in outputs_of(layer, batches):
+        expected.append(keep_two(weight.abs() * flat.square().sum(0).sqrt(), groups))
     model = nn.Sequential(layer)
     before = layer.weight.detach().clone()
     (row,) = sparse24.prune(model, method="wanda", calibration=batches).rows
@@ -115,11 +122,8 @@ def test_sparsegpt_is_its_definition(name: str) -> None:
     layer = copy.deepcopy(LAYERS[name])
     batches = batches_for(layer)
     expected = []
-    for output in range(len(layer.weight)):
-        x = torch.cat([inputs_of_output(layer, batch, output) for batch in batches])
-        flat, segments = ordered(x, layer)
-        weight, _ = ordered(layer.weight[output].detach().double(), layer)
-        expected.append(obs_by_definition(weight, flat.T @ flat, groups_of(len(weight), segments)))
+    for flat, weight, groups in outputs_of(layer, batches):
+        expected.append(obs_by_definition(weight, flat.T @ flat, groups))
     sparse24.prune(nn.Sequential(layer), method="sparsegpt", calibration=batches)
     found = torch.stack([ordered(row, layer)[0] for row in layer.weight.detach()])
     torch.testing.assert_close(found, torch.stack(expected).float(), rtol=1e-4, atol=1e-5)
