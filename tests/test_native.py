@@ -277,6 +277,13 @@ MUTANTS = {
         "const int last = left < 0 ? first + static_cast<int>(left) : count;",
         "csrc/cpu/linear/linear_avx512.cpp",
     ),
+    "avx512_bf16: subnormal results are lost": Mutant(
+        "test_linear",
+        "csrc/cpu/linear/vector_avx512.h",
+        "_mm512_fpclass_ps_mask(v, SUBNORMAL) == 0",
+        "true",
+        "csrc/cpu/linear/linear_avx512_bf16.cpp",
+    ),
     "quantize: halves away from zero": Mutant(
         "test_conv",
         "csrc/cpu/conv/quantize.cpp",

@@ -191,9 +191,9 @@ void test_widening() {
 // With K = 0, y = activation(bias): the rounding of y and the accuracy of the activations over all magnitudes.
 void test_rounding_and_activations() {
   for_each_isa([] {
-    for (Element y_element : FLOATS) {
+    const auto check = [](Element w_element, Element y_element) {
       Random random(7);
-      Problem problem({Element::F32}, y_element, {1, 40000, 0}, random, true);
+      Problem problem({w_element}, y_element, {1, 40000, 0}, random, true);
       for (double& b : problem.bias) b = decode(Element::F32, static_cast<uint32_t>(random.bits()));
       for (int64_t n = 0; n < 4000; ++n) {  // ties and their neighbours, among subnormals too
         const double tie = decode(y_element, static_cast<uint32_t>(random.below(0x7000)));
@@ -204,7 +204,9 @@ void test_rounding_and_activations() {
         problem.activation = activation;
         problem.check(problem.run(), true);
       }
-    }
+    };
+    for (Element y_element : FLOATS) check(Element::F32, y_element);
+    check(Element::BF16, Element::BF16);  // by other instructions where there are some
     for (Activation activation : {Activation::GELU, Activation::GELU_TANH, Activation::SILU}) {
       Random random(8);
       constexpr int64_t COUNT = 400000;

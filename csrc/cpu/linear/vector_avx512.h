@@ -50,10 +50,20 @@ SPARSE24_INLINE __m512i round_to_bf16(__m512 v) {
   return _mm512_and_si512(_mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet), high);
 }
 
+// The same as 16 bits.
+SPARSE24_INLINE __m256i bf16_of(__m512 v) {
+#if defined(__AVX512BF16__)
+  constexpr int SUBNORMAL = 0x20;
+  if (_mm512_fpclass_ps_mask(v, SUBNORMAL) == 0) [[likely]]
+    return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
+#endif
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_to_bf16(v), 16));
+}
+
 SPARSE24_INLINE void store_floats(void* array, Element element, int64_t index, __mmask16 mask, __m512 v) {
   if (element == Element::F32) return _mm512_mask_storeu_ps(static_cast<float*>(array) + index, mask, v);
-  const __m256i half = element == Element::F16 ? _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
-                                               : _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_to_bf16(v), 16));
+  const __m256i half =
+      element == Element::F16 ? _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC) : bf16_of(v);
   _mm256_mask_storeu_epi16(static_cast<uint16_t*>(array) + index, mask, half);
 }
 
