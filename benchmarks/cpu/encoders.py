@@ -20,8 +20,8 @@ from transformers.utils import logging
 
 import sparse24
 from benchmarks.cpu import rivals
-from benchmarks.cpu.cell import OURS, Cell, Place, Refused
-from benchmarks.cpu.checks import Exact
+from benchmarks.cpu.cell import ONNX, OURS, Cell, Place, Refused
+from benchmarks.cpu.checks import Exact, Wrong
 from demo import vision
 from demo.needs import package_file
 from sparse24 import ops
@@ -122,6 +122,14 @@ def check_layers(model: nn.Module, call: Callable[[], object]) -> None:
             hook.remove()
 
 
+def check_export(exported: object, dense: object) -> None:
+    """The exported model is the dense one: what both make differs by the roundings of float32 alone."""
+    found, expected = torch.as_tensor(exported), dense if isinstance(dense, Tensor) else dense[0]
+    error = float((found - expected).abs().max() / expected.abs().max())
+    if not error < 1e-4:
+        raise Wrong(f"{ONNX} is off by {error:.1e} of the largest output")
+
+
 class Encoders:
     name = "encoders"
     budget_s = 1.0
@@ -137,6 +145,8 @@ class Encoders:
         self.axes = models, dtypes, batches, threads
         self.loaded: dict[str, Model] = {}
         self.made: dict[tuple[str, str], dict[str, nn.Module]] = {}  # the contenders of one model and dtype
+        self.exported: dict[tuple[str, str], bytes] = {}  # of one model
+        self.exported: dict[str, bytes] = {}  # the dense model of float32, for onnxruntime
 
     def places(self) -> list[Place]:
         return [
@@ -148,7 +158,7 @@ class Encoders:
     def prepare(self, place: Place) -> Cell:
         name, dtype = place["model"], place["dtype"]
         if name not in self.loaded:
-            self.loaded = {name: MODELS[name]()}
+            self.loaded, self.exported = {name: MODELS[name]()}, {}
         model, input_of = self.loaded[name]
         if (name, dtype) not in self.made:
             self.made = {(name, dtype): self._contenders(model, dtype)}
@@ -157,6 +167,11 @@ class Encoders:
         if dtype == "bfloat16" and x.is_floating_point():
             x = x.bfloat16()
         calls = {one: lambda model=contender: model(x) for one, contender in contenders.items()}
+        if dtype != "bfloat16":  # of which onnxruntime has no products on a CPU
+            session = rivals.onnx_layer(self._exported(name, dtype), place["threads"])
+            calls[ONNX] = lambda: session(x)
+            if dtype == "float32":
+                check_export(session(x), contenders["dense"](x))
         check_layers(contenders[OURS], calls[OURS])
         layers = sum(isinstance(module, sparse24.SparseLinear) for module in contenders[OURS].modules())
         return Cell(calls, {"layers": layers})
@@ -173,3 +188,15 @@ class Encoders:
         if rivals.has_mkldnn(next(dense.parameters()).dtype):
             made["oneDNN prepacked"] = rivals.prepacked(dense)
         return made
+
+    def _exported(self, name: str, dtype: str) -> bytes:
+        if (name, dtype) in self.exported:
+            return self.exported[name, dtype]
+        if dtype == "int8":
+            exported = rivals.onnx_quantize(self._exported(name, "float32"))
+        else:
+            model, input_of = self.loaded[name]
+            with torch.inference_mode(False):
+                exported = rivals.onnx_export(sparse_and_dense(model, dtype)[1], input_of(2))
+        self.exported[name, dtype] = exported
+        return exported

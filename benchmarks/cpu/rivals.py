@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import logging
+import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import onnxruntime
 import torch
 import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime import quantization
 from torch import Tensor, nn
 
 Layer = Callable[[Tensor], object]
@@ -129,6 +134,37 @@ def _model(
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     return bytes(model.SerializeToString())
+
+
+def onnx_export(model: nn.Module, x: Tensor) -> bytes:
+    """A model of one input, whose first dimension may then be any, by torch's own exporter."""
+    batch = ({0: torch.export.Dim.DYNAMIC},)
+    with _quiet():
+        program = torch.onnx.export(model, (x,), input_names=["x"], dynamic_shapes=batch, verbose=False)
+    assert program is not None
+    return bytes(program.model_proto.SerializeToString())
+
+
+def onnx_quantize(model: bytes) -> bytes:
+    """The same with int8 weights per channel and x rounded at every call, as onnxruntime quantizes it."""
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        path = Path(folder) / "model.onnx"
+        path.write_bytes(model)
+        products, integers = ["MatMul", "Gemm"], quantization.QuantType.QInt8
+        quantization.quantize_dynamic(path, path, products, per_channel=True, weight_type=integers)
+        return path.read_bytes()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's advice to install and to preprocess."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def onnx_layer(model: bytes, threads: int) -> Layer:
