@@ -152,6 +152,7 @@ class Encoders:
         return [
             {"model": model, "dtype": dtype, "batch": batch, "threads": threads}
             for model, dtype, batch, threads in itertools.product(*self.axes)
+            if batch == 1 or threads == max(self.axes[3])  # batches are for all cores
         ]
 
     @torch.inference_mode()
