@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sparse24.mask_check import check_masks
     from sparse24.permutation import permute
     from sparse24.retraining import paper_skips, retrain
+    from sparse24.training import train_sparse
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "report",
     "retrain",
     "save",
+    "train_sparse",
     "tune",
     "validate",
 ]
@@ -61,6 +63,7 @@ _LATER = {  # imported when first used, so that `import sparse24` stays quick
     "permute": "permutation",
     "retrain": "retraining",
     "save": "io",
+    "train_sparse": "training",
 }
 
 

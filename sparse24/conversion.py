@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 
 from sparse24.conv import SparseConv2d
 from sparse24.nn import SparseLinear
-from sparse24.pruning import Mask
+from sparse24.pruning import MaskRule
 from sparse24.quantization import FakeQuantize, fake_quantization, remove_input_hook
 from sparse24.reporting import Outcome, Report, ours_alone, own_parametrizations, parametrizations, product_layers
 from sparse24.sparse_module import SparseModule
@@ -80,16 +80,18 @@ def _bake(layer: nn.Linear | nn.Conv2d) -> tuple[str, FakeQuantize | None]:
     layer (a teacher, say) still shares, and writes into the parameter, which another layer may share.
     """
     rules = own_parametrizations(layer)
-    pattern = next((rule.pattern for rule in rules if isinstance(rule, Mask)), "2:4")
+    pattern = next((rule.pattern for rule in rules if isinstance(rule, MaskRule)), "2:4")
     rounding = fake_quantization(layer)
     stack = parametrizations(layer)
     if isinstance(stack, parametrize.ParametrizationList) and ours_alone(layer):
         remove_input_hook(layer)
         weight = stack.original
         for rule in rules:
-            if isinstance(rule, Mask):  # integers are rounded from the masked weight, as they were in training
+            if isinstance(rule, MaskRule):  # integers are rounded from the masked weight, as they were in training
                 weight = rule(weight)
-        layer.__class__ = type(layer).__bases__[0]
+        plain = type(layer).__bases__[0]
+        layer.__class__ = plain.__bases__[0] if plain.__module__.startswith("sparse24.") else plain  # MaskedLinear
+        vars(layer).pop("transposable", None)
         del layer._modules["parametrizations"]
         layer.weight = nn.Parameter(weight.detach(), requires_grad=stack.original.requires_grad)
     return pattern, rounding

@@ -22,6 +22,28 @@ def score_mask(scores: Tensor, pattern: str) -> Tensor:
     return ops.prune_mask(scores.detach().cpu(), pattern).to(scores.device)
 
 
+# An operator, so that torch.compile does not look into it.
+@torch.library.custom_op("sparse24::transposable_mask", mutates_args=())
+def _transposable_mask(scores: Tensor) -> Tensor:
+    *batch, rows, columns = scores.shape
+    if rows == 0 or columns == 0:
+        return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    sizes = _ranked(scores)
+    mask = torch.empty(sizes.shape, dtype=torch.bool, device=scores.device)
+    whole_rows, whole_columns = rows // TILE * TILE, columns // TILE * TILE
+    bands = [(0, whole_rows, TILE), (whole_rows, rows, rows - whole_rows)]
+    stripes = [(0, whole_columns, TILE), (whole_columns, columns, columns - whole_columns)]
+    for (top, bottom, height), (left, right, width) in itertools.product(bands, stripes):
+        if top < bottom and left < right:
+            mask[..., top:bottom, left:right] = _best(sizes[..., top:bottom, left:right], height, width)
+    return mask
+
+
+@_transposable_mask.register_fake
+def _(scores: Tensor) -> Tensor:
+    return torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+
+
 def transposable_mask(scores: Tensor) -> Tensor:
     """The mask that is 2:4 along rows and along columns and keeps the largest sum of |scores|: the exact optimum.
 
@@ -31,17 +53,7 @@ def transposable_mask(scores: Tensor) -> Tensor:
     be added. Sums are made in float64; of equal ones the first wins, in an order that is the same everywhere. Inf ranks
     above all numbers and NaN above Inf.
     """
-    *batch, rows, columns = scores.shape
-    if rows == 0 or columns == 0:
-        return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    sizes = _ranked(scores.detach())
-    mask = torch.empty(sizes.shape, dtype=torch.bool, device=scores.device)
-    whole_rows, whole_columns = rows // TILE * TILE, columns // TILE * TILE
-    bands = [(0, whole_rows, TILE), (whole_rows, rows, rows - whole_rows)]
-    stripes = [(0, whole_columns, TILE), (whole_columns, columns, columns - whole_columns)]
-    for (top, bottom, height), (left, right, width) in itertools.product(bands, stripes):
-        if top < bottom and left < right:
-            mask[..., top:bottom, left:right] = _best(sizes[..., top:bottom, left:right], height, width)
+    mask: Tensor = _transposable_mask(scores.detach())
     return mask
 
 

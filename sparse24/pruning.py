@@ -14,24 +14,38 @@ from sparse24.reporting import Outcome, Report, own_parametrizations, product_la
 Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 
-class Mask(nn.Module):
-    """Parametrisation of a weight: what the mask drops reads as +0, whatever it holds, and gets no gradient."""
+class MaskRule(nn.Module):
+    """Parametrisation of a weight: what a mask drops reads as +0. Subclasses say which mask, and where gradients go."""
 
-    mask: Tensor
-
-    def __init__(self, mask: Tensor, pattern: str) -> None:
+    def __init__(self, pattern: str) -> None:
         super().__init__()
-        self.register_buffer("mask", mask)
         self.pattern = pattern
 
-    def forward(self, weight: Tensor) -> Tensor:
-        return torch.where(self.mask, weight, 0)
+    def mask_of(self, weight: Tensor) -> Tensor:
+        """The mask, bool, that a weight gets."""
+        raise NotImplementedError
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight
 
     def extra_repr(self) -> str:
         return f"pattern={self.pattern}"
+
+
+class Mask(MaskRule):
+    """A mask that stays: what it drops gets no gradient."""
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor, pattern: str) -> None:
+        super().__init__(pattern)
+        self.register_buffer("mask", mask)
+
+    def mask_of(self, weight: Tensor) -> Tensor:
+        return self.mask
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return torch.where(self.mask, weight, 0)
 
 
 METHODS = ("magnitude", "wanda", "sparsegpt")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparse24.conv import SparseConv2d, axis_of
-from sparse24.pruning import Mask
+from sparse24.pruning import MaskRule
 from sparse24.reporting import Outcome, Report, own_parametrizations, product_layers
 from sparse24.rounding import LEVELS, fake_quantize
 from sparse24.sparse_module import INT4, SparseModule
@@ -90,7 +90,7 @@ def _quantize_dense(layer: nn.Linear | nn.Conv2d, dtype: torch.dtype, weight_onl
         return "it is not pruned: only sparse layers run in integers"
     if fake_quantization(layer) is not None:
         return "it is quantised already"
-    pattern = next((rule.pattern for rule in rules if isinstance(rule, Mask)), "2:4")
+    pattern = next((rule.pattern for rule in rules if isinstance(rule, MaskRule)), "2:4")
     if (dtype is INT4) != (pattern == "pair 4:8"):
         return f"it is pruned to {pattern}: {'int4 needs' if dtype is INT4 else 'int8 takes 2:4 or 1:2, not'} pair 4:8"
     parametrize.register_parametrization(layer, "weight", FakeQuantize(dtype, weight_only))

@@ -140,7 +140,7 @@ def _why_not(layer: nn.Linear | nn.Conv2d, owners: dict[int, list[str]]) -> str:
     weight = rules.original if isinstance(rules, parametrize.ParametrizationList) else layer.weight
     names = owners.get(id(weight), [])
     base = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
-    if type(layer).forward is not base.forward:
+    if type(layer).forward is not base.forward and not type(layer).forward.__module__.startswith("sparse24."):
         return f"{type(layer).__name__} overrides nn.{base.__name__}.forward"
     if isinstance(layer, nn.Conv2d) and type(layer)._conv_forward is not nn.Conv2d._conv_forward:
         return f"{type(layer).__name__} overrides nn.Conv2d._conv_forward"
@@ -179,7 +179,9 @@ def report(model: nn.Module, example_inputs: Any) -> Report[Cost]:
         x = args[0] if args else next(iter(kwargs.values()))
         outputs = module.out_features if isinstance(module, (nn.Linear, SparseLinear)) else module.out_channels
         tokens = y.numel() // cast(int, outputs) if outputs else 0
-        seen[id(module)][tokens] = _choice(module, x, tokens) if isinstance(module, SparseModule) else ("", "")
+        seen[id(module)][tokens] = (
+            _choice(module, x, tokens) if isinstance(module, SparseModule) else _masked(module, x)
+        )
 
     called = [found.module for found in layers if not isinstance(found.module, nn.MultiheadAttention)]
     handles = [module.register_forward_hook(record, with_kwargs=True) for module in called]
@@ -214,9 +216,11 @@ def _cost(found: Found, seen: dict[int, tuple[str, str]]) -> Cost:
         whole = isinstance(layer, (nn.Linear, nn.Conv2d))
         weight: Tensor = getattr(layer, "weight" if whole else found.name.rpartition(".")[2])
         resident = _bytes(layer) if whole else weight.nbytes
-        reason = found.reason or _why_still_dense(layer)
-        dtype = _name(weight.dtype)
-        return Cost(found.name, found.shape, "dense", dtype, tokens, "dense", reason, resident, resident, None)
+        kernel, reason = (
+            _by_tokens({m: choice[i] for m, choice in (seen or {0: _masked(layer)}).items()}) for i in (0, 1)
+        )
+        dtype, reason = _name(weight.dtype), found.reason or reason
+        return Cost(found.name, found.shape, "dense", dtype, tokens, kernel, reason, resident, resident, None)
 
     weights = math.prod(found.shape)
     dense_bytes = (weights + (found.shape[0] if layer.bias is not None else 0)) * layer.dtype.itemsize
@@ -276,9 +280,15 @@ def _by_tokens(cells: dict[int, str]) -> str:
     return ", ".join(f"{text} (M = {m})" for m, text in cells.items())
 
 
-def _why_still_dense(layer: nn.Module) -> str:
-    rules = own_parametrizations(layer) if isinstance(layer, (nn.Linear, nn.Conv2d)) else []
-    return "pruned, not converted: call convert()" if rules else "not pruned: call prune() and convert()"
+def _masked(layer: nn.Module, x: Tensor | None = None) -> tuple[str, str]:
+    """What multiplies in a layer that is not converted, and why."""
+    if not (isinstance(layer, (nn.Linear, nn.Conv2d)) and own_parametrizations(layer)):
+        return "dense", "not pruned: call prune() and convert()"
+    why_dense = getattr(layer, "why_dense", None)  # of MaskedLinear
+    if x is None or why_dense is None:
+        return "dense", "pruned, not converted: call convert()"
+    reason = why_dense(x)
+    return ("dense", reason) if reason else ("sparse", "pruned, not converted: compressed at every call")
 
 
 def _bytes(module: nn.Module) -> int:

@@ -122,6 +122,7 @@ def _one_of_two_processes(rank: int, folder: str) -> None:
         nn.functional.cross_entropy(parallel(x[part]), target[part]).backward()
         optimizer.step()
     torch.save(model.state_dict(), f"{folder}/{rank}.pt")
+    del parallel  # before the group: torch would wait for a thread of the group that waits for the interpreter's lock
     torch.distributed.destroy_process_group()
 
 

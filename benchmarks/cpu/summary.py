@@ -213,7 +213,7 @@ def markdown(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     notes = [
         "ms: of the fastest dense path of the same dtype → of 2:4; gain: median (20th–80th percentile) of rounds that "
-        "run all in turn. Dense is torch's own layers, oneDNN prepacked or the whole model exported to onnxruntime, for "
+        "run all in turn. Dense is torch's own layers, oneDNN prepacked or the whole model exported to onnxruntime; of "
         "int8 quantize_dynamic of either; the last column is over torch's own float32 layers.",
         "Everything through the public modules; but for onnxruntime only the linear layers differ, attention and norms "
         "are torch's own.",
