@@ -14,6 +14,40 @@ from sparse24.reporting import Outcome, Report, own_parametrizations, product_la
 Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 
+def masked(weight: Tensor, mask: Tensor) -> Tensor:
+    """weight where mask (bool, of its shape), +0 elsewhere, whatever was there; differentiable in weight."""
+    # torch.where is not vectorised on CPUs: bits are, and five times as fast. The compiler does better with where.
+    if weight.device.type != "cpu" or type(weight) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling():
+        return torch.where(mask, weight, 0)
+    kept: Tensor = _Masked.apply(weight, mask)  # type: ignore[no-untyped-call]
+    return kept
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class _Masked(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, mask: Tensor) -> Tensor:
+        bits = -mask.view(torch.int8)  # all ones where it keeps
+        return (weight.view(_BITS[weight.itemsize]) & bits).view(weight.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return masked(grad, *ctx.saved_tensors), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return masked(tangent, *ctx.saved_tensors)
+
+
 class MaskRule(nn.Module):
     """Parametrisation of a weight: what a mask drops reads as +0. Subclasses say which mask, and where gradients go."""
 
@@ -45,7 +79,7 @@ class Mask(MaskRule):
         return self.mask
 
     def forward(self, weight: Tensor) -> Tensor:
-        return torch.where(self.mask, weight, 0)
+        return masked(weight, self.mask)
 
 
 METHODS = ("magnitude", "wanda", "sparsegpt")

@@ -19,14 +19,14 @@ from torch.nn.utils import parametrize
 
 from sparse24 import ops
 from sparse24.masks import Columns, bad_groups
-from sparse24.pruning import Mask, MaskRule
+from sparse24.pruning import Mask, MaskRule, masked
 from sparse24.reporting import Outcome, Report, parametrizations, product_layers
 from sparse24.sparse_module import FLOAT32_ON_CUDA, FLOAT_TYPES, autocast_dtype, device_problem
 
 MODES = ("fixed", "sr-ste", "dense-gradient")
 
-# Below, compressing W takes longer than the sparse product saves (measured on Zen 4, docs/training.md).
-MIN_TOKENS = 256
+# Below, compressing W takes longer on a CPU than the sparse product saves (measured on Zen 4, docs/training.md).
+MIN_TOKENS = {torch.float32: 128, torch.float16: 128, torch.bfloat16: 512}
 
 
 # ---- The product -----------------------------------------------------------------------------------------------------
@@ -38,9 +38,9 @@ def why_dense(x: Tensor, weight: Tensor) -> str:
         return f"{weight.dtype} has no sparse kernel"
     if weight.is_cuda or (ops.emulating and ops.emulated_arch()):
         return FLOAT32_ON_CUDA if weight.dtype is torch.float32 else device_problem(weight.device, weight.dtype)
-    tokens = x.numel() // max(x.shape[-1], 1)
-    if tokens < MIN_TOKENS:
-        return f"fewer than {MIN_TOKENS} tokens: compressing the weight would take longer than it saves"
+    least = MIN_TOKENS[weight.dtype]
+    if x.numel() < least * x.shape[-1]:
+        return f"fewer than {least} tokens: compressing the weight would take longer than it saves"
     return device_problem(weight.device, weight.dtype)
 
 
@@ -131,8 +131,8 @@ class StraightThrough(MaskRule):
         return columns.back(columns.mask(columns.of(weight), self.pattern, self.transposable))
 
     def forward(self, weight: Tensor) -> Tensor:
-        masked: Tensor = _Straight.apply(weight, self.mask_of(weight.detach()), self.decay)  # type: ignore[no-untyped-call]
-        return masked
+        kept: Tensor = _Straight.apply(weight, self.mask_of(weight.detach()), self.decay)  # type: ignore[no-untyped-call]
+        return kept
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, decay={self.decay}" + (", transposable" if self.transposable else "")
@@ -144,13 +144,13 @@ class _Straight(torch.autograd.Function):
         ctx.decay = decay
         if decay:
             ctx.save_for_backward(weight, mask)
-        return torch.where(mask, weight, 0)
+        return masked(weight, mask)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         if ctx.decay:
             weight, mask = ctx.saved_tensors
-            grad = grad + ctx.decay * torch.where(mask, 0, weight)
+            grad = grad + ctx.decay * masked(weight, ~mask)
         return grad, None, None
 
 

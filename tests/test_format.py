@@ -213,6 +213,15 @@ def test_negative_zero_keeps_its_sign_only_in_a_slot(isa: str) -> None:
     assert dense.tolist() == [[0.0, 0.0, 0.0, 5.0]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_weight_that_lies_column_by_column(dtype, isa):
+    whole = torch.randint(-99, 99, (77, 131), generator=torch.Generator().manual_seed(0)).to(dtype)
+    parts = [whole, whole[:16, :32], whole[:, 3:], whole[5:, :64], whole[:1], whole[:, :1], whole[:0], whole[:, :0]]
+    for part in parts:
+        for one, other in zip(ops.prune_compress(part.t()), ops.prune_compress(part.t().contiguous()), strict=True):
+            assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("pattern", ["2:4", "1:2"])
 def test_subnormals_count_where_arithmetic_flushes_them(isa: str, pattern: str) -> None:
     weight = torch.tensor([[1, 2, 0x80000003 - 2**32, 2]], dtype=torch.int32).view(torch.float32)

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import sparse24
 from sparse24 import training
 from sparse24.masks import Columns, transposable_mask
+from sparse24.pruning import masked
 from sparse24.training import MODES, MaskedLinear, StraightThrough, linear_masked
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -26,7 +27,7 @@ SHAPES = [(1, 8, 4), (5, 30, 21), (33, 64, 48), (70, 257, 131)]  # tokens, K, N
 @pytest.fixture(autouse=True)
 def at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sparse kernels, also where a dense product would be faster."""
-    monkeypatch.setattr(training, "MIN_TOKENS", 0)
+    monkeypatch.setattr(training, "MIN_TOKENS", dict.fromkeys(FLOATS, 0))
 
 
 @pytest.fixture
@@ -278,6 +279,24 @@ def test_the_gradient_of_each_mode():
         assert torch.equal(originals(model)[0].grad, expected)
 
 
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+def test_what_a_mask_drops_reads_as_positive_zero(dtype):
+    weight = torch.tensor([[1.0, -0.0, torch.nan, torch.inf], [-1.0, 2.0, -torch.nan, -torch.inf]], dtype=dtype)
+    for mask in (torch.rand(2, 4) < 0.5, torch.ones(2, 4, dtype=torch.bool), torch.zeros(2, 4, dtype=torch.bool)):
+        pairs = [(weight, mask), (weight.t(), mask.t()), (weight[:, ::2], mask[:, ::2]), (weight[:0], mask[:0])]
+        for one, keep in pairs:
+            kept, expected = masked(one, keep).contiguous(), torch.where(keep, one, 0).contiguous()
+            assert torch.equal(kept.flatten().view(torch.uint8), expected.flatten().view(torch.uint8))
+
+
+def test_masking_under_torch_func():
+    weight, mask = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.rand(3, 4) < 0.5
+    assert torch.autograd.gradcheck(lambda w: masked(w, mask), weight, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda w: masked(w, mask), weight)
+    rows = torch.func.vmap(masked)(weight, mask)
+    assert torch.equal(rows, torch.where(mask, weight, 0))
+
+
 @pytest.mark.parametrize("transposable", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_conversion_keeps_what_was_trained(mode, transposable):
@@ -339,7 +358,7 @@ def test_the_report_says_what_runs_sparse():
 
 
 def test_what_the_costs_are(monkeypatch):
-    monkeypatch.setattr(training, "MIN_TOKENS", 16)
+    monkeypatch.setitem(training.MIN_TOKENS, torch.float32, 16)
     model = pruned()
     (many,) = {(row.kernel, row.reason) for row in sparse24.report(model, data()[0]).rows}
     assert many == ("sparse", "pruned, not converted: compressed at every call")
@@ -553,7 +572,7 @@ def test_the_emulated_gpu_trains_a_model():
 
 
 def _one_of_two(rank: int, folder: str, how: str, mode: str) -> None:
-    training.MIN_TOKENS = 0
+    training.MIN_TOKENS = dict.fromkeys(FLOATS, 0)
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     model: Any = pruned(mode)
@@ -623,10 +642,10 @@ MUTANTS: dict[str, tuple[Callable[[Any], None], str, str]] = {
     "the gradient of W halved": (check_gradients, "grad.flatten(0, -2).t() @", "grad.flatten(0, -2).t() * 0.5 @"),
     "the gradient of the bias averaged": (check_gradients, ".sum(0) if x.dim() > 1", ".mean(0) if x.dim() > 1"),
     "bias left out": (check_gradients, "packed, bias, out_features", "packed, None, out_features"),
-    "what stays decays": (check_straight_through, "torch.where(mask, 0, weight)", "torch.where(mask, weight, 0)"),
+    "what stays decays": (check_straight_through, "masked(weight, ~mask)", "masked(weight, mask)"),
     "what goes grows": (check_straight_through, "grad + ctx.decay", "grad - ctx.decay"),
     "decay alone": (check_straight_through, "grad = grad + ctx.decay", "grad = ctx.decay"),
-    "no mask": (check_straight_through, "return torch.where(mask, weight, 0)", "return weight.clone()"),
+    "no mask": (check_straight_through, "return masked(weight, mask)", "return weight.clone()"),
 }
 
 
@@ -638,7 +657,7 @@ def test_planted_bug_is_caught(name):
     mutant = types.ModuleType("mutant")
     place = f"sparse24_mutant_{list(MUTANTS).index(name) if name else 'none'}::"
     exec(source.replace(right, wrong).replace("sparse24::", place), vars(mutant))
-    mutant.MIN_TOKENS = 0
+    mutant.MIN_TOKENS = dict.fromkeys(FLOATS, 0)
     if not name:
         check_gradients(mutant)
         check_straight_through(mutant)

@@ -5,7 +5,7 @@
 
 #include "csrc/cpu/conv/conv.h"
 #include "csrc/cpu/conv/quantize.h"
-#include "csrc/cpu/conv/transpose.h"
+#include "csrc/cpu/transpose.h"
 #include "tests/native/linear_problem.h"
 
 using namespace sparse24;

@@ -8,9 +8,9 @@
 #include <vector>
 
 #include "csrc/cpu/conv/quantize.h"
-#include "csrc/cpu/conv/transpose.h"
 #include "csrc/cpu/isa.h"
 #include "csrc/cpu/parallel.h"
+#include "csrc/cpu/transpose.h"
 
 namespace sparse24::cpu {
 
@@ -291,13 +291,6 @@ void quantize_images(const Conv2d& call, int8_t* q, float* scales) {
       }
     }
   });
-}
-
-Transpose transposition() {
-#if defined(__x86_64__)
-  if (active_isa() >= Isa::AVX512) return avx512_transpose;
-#endif
-  return portable_transpose;
 }
 
 // x as [images, height, width, channels].
