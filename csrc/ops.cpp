@@ -11,6 +11,7 @@
 #include "csrc/arguments.h"
 #include "csrc/cpu/conv/conv.h"
 #include "csrc/cpu/format/format.h"
+#include "csrc/cpu/format/transposable.h"
 #include "csrc/cpu/isa.h"
 #include "csrc/cpu/linear/linear.h"
 #include "csrc/cpu/parallel.h"
@@ -23,6 +24,7 @@
 
 STABLE_TORCH_LIBRARY(sparse24, m) {
   m.def("prune_mask(Tensor weight, str pattern) -> Tensor");
+  m.def("transposable_tiles(Tensor scores) -> Tensor");
   m.def("kept_by_splits(Tensor sizes, Tensor eights) -> Tensor");
   m.def("compress(Tensor weight, str pattern) -> (Tensor values, Tensor meta)");
   m.def("prune_compress(Tensor weight, str pattern) -> (Tensor values, Tensor meta)");
@@ -218,6 +220,18 @@ Tensor kept_by_splits(const Tensor& sizes, const Tensor& eights) {
   cpu::kept_by_splits(static_cast<const float*>(sizes.const_data_ptr()), sizes.size(1), columns, eights.size(0),
                       static_cast<double*>(kept.mutable_data_ptr()));
   return kept;
+}
+
+Tensor transposable_tiles(const Tensor& scores) {
+  REQUIRE(scores.dim() == 2 && scores.scalar_type() == ScalarType::Float && scores.size(0) % cpu::TILE == 0 &&
+              scores.size(1) % cpu::TILE == 0,
+          "scores must be float32 [N, K] with N and K multiples of 4; got ", name_of(scores.scalar_type()), " ",
+          shape_of(scores));
+  const Tensor rows = scores.size(1) > 1 && scores.stride(1) != 1 ? torch::stable::contiguous(scores) : scores;
+  Tensor mask = empty_like_device(scores, {scores.size(0), scores.size(1)}, ScalarType::Bool);
+  cpu::transposable_mask(static_cast<const float*>(rows.const_data_ptr()), rows.stride(0), rows.size(0), rows.size(1),
+                         static_cast<uint8_t*>(mask.mutable_data_ptr()));
+  return mask;
 }
 
 // Contiguous values and meta that have passed every check.
@@ -482,6 +496,7 @@ std::string linear_plan_of(const Tensor& x, int64_t out_features, std::string dt
 STABLE_TORCH_LIBRARY_IMPL(sparse24, CPU, m) {
   m.impl("prune_mask", TORCH_BOX(&prune_mask));
   m.impl("kept_by_splits", TORCH_BOX(&kept_by_splits));
+  m.impl("transposable_tiles", TORCH_BOX(&transposable_tiles));
   m.impl("compress", TORCH_BOX(&compress));
   m.impl("prune_compress", TORCH_BOX(&prune_compress));
   m.impl("decompress", TORCH_BOX(&decompress));

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse24 import ops
+from sparse24 import library, ops
 from sparse24.conv import as_matrix, axis_of, from_matrix
 
 TILE = 4  # rows and columns of a tile whose rows and columns are groups of 2:4
@@ -28,15 +28,22 @@ def _transposable_mask(scores: Tensor) -> Tensor:
     *batch, rows, columns = scores.shape
     if rows == 0 or columns == 0:
         return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    sizes = _ranked(scores)
-    mask = torch.empty(sizes.shape, dtype=torch.bool, device=scores.device)
+    mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     whole_rows, whole_columns = rows // TILE * TILE, columns // TILE * TILE
     bands = [(0, whole_rows, TILE), (whole_rows, rows, rows - whole_rows)]
     stripes = [(0, whole_columns, TILE), (whole_columns, columns, columns - whole_columns)]
     for (top, bottom, height), (left, right, width) in itertools.product(bands, stripes):
-        if top < bottom and left < right:
-            mask[..., top:bottom, left:right] = _best(sizes[..., top:bottom, left:right], height, width)
+        if top == bottom or left == right:
+            continue
+        part = scores[..., top:bottom, left:right]
+        whole = height == width == TILE and not scores.is_cuda and scores.dtype is not torch.float64
+        mask[..., top:bottom, left:right] = _whole_tiles(part) if whole else _best(_ranked(part), height, width)
     return mask
+
+
+def _whole_tiles(scores: Tensor) -> Tensor:
+    tiles: Tensor = library.ops.transposable_tiles(scores.reshape(-1, scores.shape[-1]).float())
+    return tiles.view(scores.shape)
 
 
 @_transposable_mask.register_fake
@@ -58,11 +65,12 @@ def transposable_mask(scores: Tensor) -> Tensor:
 
 
 def _ranked(scores: Tensor) -> Tensor:
-    """|scores| as float64 that add up: Inf and NaN become numbers larger than what sixteen others can sum to."""
+    """|scores| as float64 that add up: Inf and NaN become numbers larger than what sixteen others can sum to.
+
+    They are powers of two, so that sums of them are exact, in whatever order.
+    """
     sizes = scores.abs().double()
-    largest = torch.finfo(torch.float64).max
-    sizes = sizes.masked_fill(sizes.isinf(), largest / 2**12)
-    return sizes.masked_fill(scores.isnan(), largest / 2**6)
+    return sizes.masked_fill(sizes.isinf(), 2.0**1010).masked_fill(scores.isnan(), 2.0**1018)
 
 
 def _best(sizes: Tensor, height: int, width: int) -> Tensor:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import sparse24
-from sparse24 import check_masks
+from sparse24 import check_masks, library
 from sparse24.masks import Columns, bad_groups, transposable_mask
+from sparse24.ops import force_cpu_isa
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
@@ -62,6 +63,34 @@ def test_every_tile_of_a_matrix_is_one_problem(dtype: torch.dtype) -> None:
     for one in mask:
         assert bad_groups(one, "2:4") == 0 and bad_groups(one.T, "2:4") == 0
     assert (mask[:, :20, :36].sum((1, 2)) == 20 * 36 // 2).all()
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("shape", [(4, 4), (8, 28), (4, 32), (12, 36), (64, 100)], ids=str)
+def test_the_kernels_choose_as_the_definition_does(shape: tuple[int, int], isa: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ties = torch.randint(-3, 4, shape, generator=generator).float()
+    special = torch.randn(shape, generator=generator)
+    special[torch.rand(shape, generator=generator) < 0.1] = torch.nan
+    special[torch.rand(shape, generator=generator) < 0.1] = -torch.inf
+    tiny = torch.randn(shape, generator=generator) * 1e-42  # subnormal
+    with force_cpu_isa(isa):
+        for scores in (
+            ties,
+            special,
+            tiny,
+            special.nan_to_num(1, 2, 3),
+            special.bfloat16(),
+            ties.half(),
+            ties.t().contiguous().t(),
+        ):
+            assert torch.equal(transposable_mask(scores), transposable_mask(scores.double()))
+
+
+def test_the_kernels_want_whole_tiles() -> None:
+    for scores in (torch.ones(4, 6), torch.ones(6, 4), torch.ones(4, 4, dtype=torch.half), torch.ones(4)):
+        with pytest.raises(RuntimeError, match="scores must be float32"):
+            library.ops.transposable_tiles(scores)
 
 
 def test_what_is_not_finite_stays() -> None:
