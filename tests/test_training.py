@@ -1,6 +1,7 @@
 """Training on the sparse kernels: gradients, the three modes, and what training meets: AMP, checkpoints, processes."""
 
 import copy
+import json
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import sparse24
+from benchmarks import measure
+from benchmarks import training as benchmark
 from sparse24 import training
 from sparse24.masks import Columns, transposable_mask
 from sparse24.pruning import masked
@@ -631,6 +634,12 @@ def check_straight_through(module: Any) -> None:
     masked.backward(grad)
     assert torch.equal(masked, torch.where(mask, weight, 0))
     assert torch.equal(weight.grad, grad + 0.5 * torch.where(mask, 0, weight.detach()))
+
+
+def test_the_document_has_the_committed_table():
+    found = json.loads((measure.RESULTS / "training.json").read_text())
+    assert benchmark.markdown(found) in (measure.ROOT / "docs" / "training.md").read_text()
+    assert [row["contender"] for row in found["rows"]] == 2 * list(benchmark.CONTENDERS)
 
 
 MUTANTS: dict[str, tuple[Callable[[Any], None], str, str]] = {
