@@ -49,9 +49,12 @@ def linear_masked(x: Tensor, weight: Tensor, bias: Tensor | None = None, transpo
 
     x [..., K], weight and bias of one float dtype, any strides. Differentiable in all three, any number of times; the
     gradient of weight is dense. Where nothing sparse runs, or W would take longer to compress than that saves, the
-    product is torch's own (why_dense()). Raises RuntimeError, naming row and group, where weight does not fit.
+    product is torch's own (why_dense()). Raises RuntimeError for dtypes that differ, and, naming row and group, where
+    weight does not fit.
     Accuracy: see ops.linear.
     """
+    if x.dtype is not weight.dtype:
+        raise RuntimeError(f"x must be {weight.dtype}, the dtype of weight, outside autocast; got {x.dtype}")
     y: Tensor = _linear_masked(x, weight, bias, transposable)
     return y
 
@@ -71,8 +74,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, transposable: bool) -> Ten
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, ctx.transposable = inputs
-    ctx.has_bias = bias is not None
+    x, weight, _, ctx.transposable = inputs
     ctx.save_for_backward(x, weight)
 
 
@@ -197,8 +199,8 @@ def _put_mode(layer: nn.Linear | nn.Conv2d, rule: MaskRule, mode: str, decay: fl
     if mode == "fixed":
         new = rule if isinstance(rule, Mask) else Mask(rule.mask_of(stack.original), rule.pattern)
     else:
-        decay = decay if mode == "sr-ste" else 0
-        new = StraightThrough(Columns(layer), rule.pattern, _is_transposable(layer, rule), decay)
+        transposable = rule.pattern == "2:4" and _is_transposable(layer, rule)
+        new = StraightThrough(Columns(layer), rule.pattern, transposable, decay if mode == "sr-ste" else 0)
     stack[list(stack).index(rule)] = new
     return new
 
@@ -217,6 +219,8 @@ def _why_products_stay_dense(layer: nn.Linear | nn.Conv2d, rule: MaskRule) -> st
         return "convolutions train dense"
     if rule.pattern == "pair 4:8":
         return "'pair 4:8' has sparse kernels of int4 alone"
+    if isinstance(rule, Mask) and bad_groups(rule.mask, "2:4"):
+        return "its mask keeps more than 2:4 does so far: call train_sparse() again when it is chosen to the end"
     if type(layer).__bases__[0] not in (nn.Linear, MaskedLinear):
         return f"it is a {type(layer).__bases__[0].__name__}, not an nn.Linear"
     weight = layer.weight

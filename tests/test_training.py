@@ -19,7 +19,7 @@ import sparse24
 from benchmarks import measure
 from benchmarks import training as benchmark
 from sparse24 import training
-from sparse24.masks import Columns, transposable_mask
+from sparse24.masks import Columns, bad_groups, transposable_mask
 from sparse24.pruning import masked
 from sparse24.training import MODES, MaskedLinear, StraightThrough, linear_masked
 
@@ -162,6 +162,14 @@ def test_a_weight_that_is_not_sparse_is_refused():
     y = linear_masked(x.requires_grad_(), weight, None, True)
     with pytest.raises(RuntimeError, match="row 0"):
         y.backward(grad)
+
+
+def test_dtypes_must_agree():
+    with pytest.raises(RuntimeError, match="x must be torch.bfloat16"):
+        linear_masked(torch.ones(8, 8), torch.zeros(4, 8, dtype=torch.bfloat16))
+    model = pruned().bfloat16()
+    with pytest.raises(RuntimeError, match="x must be torch.bfloat16"):
+        model(data()[0])
 
 
 def test_few_tokens_run_dense(monkeypatch, compressed):
@@ -358,6 +366,26 @@ def test_the_report_says_what_runs_sparse():
     rules = [layer.parametrizations["weight"][0] for name, layer in model.items() if name != "dense"]
     assert all(isinstance(rule, StraightThrough) and rule.decay == 2e-4 for rule in rules)
     assert [rule.transposable for rule in rules] == [True, False, False, False]
+
+
+def test_masks_that_still_grow_run_dense():
+    model = network()
+    gradual = sparse24.GradualPruning(model, steps=2)
+    rows = sparse24.train_sparse(model).rows
+    assert {row.outcome for row in rows} == {"dense"} and "so far" in rows[0].detail
+    steps(model, 1)
+    gradual.step()
+    gradual.step()
+    assert {row.outcome for row in sparse24.train_sparse(model).rows} == {"sparse"}
+    steps(model, 1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stricter_pattern_stays(mode):
+    model = nn.Sequential(nn.Linear(16, 2))  # any mask of so few rows is 2:4 along columns
+    sparse24.prune(model, "1:2")
+    sparse24.train_sparse(model, mode)
+    assert model[0](torch.ones(8, 16)).shape == (8, 2) and bad_groups(model[0].weight, "1:2") == 0
 
 
 def test_what_the_costs_are(monkeypatch):
