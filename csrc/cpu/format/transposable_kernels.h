@@ -43,8 +43,8 @@ struct Ways {
 };
 constexpr Ways TABLE;
 
-// |score| as a number that adds up: Inf and NaN become larger than what sixteen others can sum to, and powers of two, so
-// that sums of them are exact.
+// |score| as a number that adds up: Inf and NaN become larger than what sixteen others can sum to, and powers of two,
+// so that sums of them are exact.
 SPARSE24_INLINE double ranked(float score) {
   if (std::isnan(score)) return 0x1p1018;
   return std::isinf(score) ? 0x1p1010 : std::fabs(static_cast<double>(score));
