@@ -37,7 +37,7 @@ def build(mutant: Mutant, native_release: Path, target: str, folder: Path) -> Pa
     command[command.index("-o") + 1] = str(changed_object)
     command[command.index("-c") + 1] = str(mutated if unit == mutant.file else ROOT / unit)
     command[1:1] = [f"-I{folder}", f"-I{ROOT / 'kernels'}"]
-    command += ["-O1", "-Wno-error"]  # a mutant may leave a variable unused
+    command += ["-O0", "-Wno-error"]  # quick to compile; a mutant may leave a variable unused
     subprocess.run(command, cwd=native_release, check=True)
 
     listing = subprocess.run(

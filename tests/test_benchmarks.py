@@ -85,6 +85,15 @@ def test_rounds_and_turns_follow_the_budget(costs, rounds, calls, monkeypatch):
     assert {name: clock.order.count(name) for name in costs} == calls
 
 
+def test_a_long_call_that_was_made_already_is_the_first_of_three(monkeypatch):
+    clock = Clock(a=1.0, b=0.05)
+    monkeypatch.setattr(measure.time, "perf_counter", clock.read)
+    monkeypatch.setattr(measure.turns, "__defaults__", (clock.read, None))
+    found = measure.within(clock.calls, 0.12, first_s={"a": 0.9, "b": 0.05})
+    assert found["a"] == pytest.approx([0.9, 1, 1]) and found["b"] == pytest.approx([0.05] * 3)
+    assert clock.order.count("a") == 2 and clock.order.count("b") == 4  # a short one may have set things up
+
+
 # ---- One cell, end to end --------------------------------------------------------------------------------------------
 
 LIMITS = {"float32": 100.0, "bfloat16": 200.0, "int8": 400.0, "memory": 20.0}

@@ -145,8 +145,7 @@ class Encoders:
         self.axes = models, dtypes, batches, threads
         self.loaded: dict[str, Model] = {}
         self.made: dict[tuple[str, str], dict[str, nn.Module]] = {}  # the contenders of one model and dtype
-        self.exported: dict[tuple[str, str], bytes] = {}  # of one model
-        self.exported: dict[str, bytes] = {}  # the dense model of float32, for onnxruntime
+        self.exported: dict[tuple[str, str], bytes] = {}  # of one model, for onnxruntime
 
     def places(self) -> list[Place]:
         return [

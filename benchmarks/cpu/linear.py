@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -142,20 +143,19 @@ class Linear:
     def prepare(self, place: Place) -> Cell:
         weight = self._weight(place["K"], place["N"], place["dtype"])
         x = weight.x(place["M"])
-        calls = {}
+        calls, first_s = {}, {}
         for name, (make, kept_for) in self._makers(weight, place["M"], place["threads"]).items():
             nbytes = weight.values.nbytes + weight.meta.nbytes if name == OURS else weight.q.nbytes
             copies = 1 if place["cache"] == "hot" else math.ceil(self.cold_bytes / nbytes)
             layers = self.made.setdefault((name, kept_for), [])
-            if name == OURS:
-                layers.extend(attempt(make) for _ in range(copies - len(layers)))
-                y = attempt(lambda layer=layers[0]: layer(x))
-            else:
-                layers.extend(make() for _ in range(copies - len(layers)))
-                y = layers[0](x)
+            tried = attempt if name == OURS else (lambda make: make())
+            layers.extend(tried(make) for _ in range(copies - len(layers)))
+            begin = time.perf_counter()
+            y = tried(lambda layer=layers[0]: layer(x))
+            first_s[name] = time.perf_counter() - begin
             weight.check(name, torch.as_tensor(y), x)
             calls[name] = _in_turn(layers[:copies], x)
-        return Cell(calls, {"weight_bytes": weight.values.nbytes + weight.meta.nbytes})
+        return Cell(calls, {"weight_bytes": weight.values.nbytes + weight.meta.nbytes}, first_s)
 
     def _weight(self, columns: int, rows: int, dtype: str) -> Weight:
         if (columns, rows) not in self.full:

@@ -46,7 +46,7 @@ def widened(dense: Tensor, bias: Tensor) -> Layer:
 def dynamic_int8_layer(dense: Tensor, bias: Tensor, engine: str) -> Layer:
     layer = nn.Linear(dense.shape[1], dense.shape[0], device="meta")
     layer.weight, layer.bias = nn.Parameter(dense, requires_grad=False), nn.Parameter(bias, requires_grad=False)
-    return dynamic_int8(nn.Sequential(layer), engine)[0]
+    return dynamic_int8(nn.Sequential(layer), engine, inplace=True)[0]
 
 
 def weight_only_int8(q: Tensor, scales: Tensor, bias: Tensor) -> Layer:
@@ -84,12 +84,12 @@ def int8_engines() -> list[str]:
     return [engine for engine in ("x86", "onednn") if engine in supported] or ["qnnpack"]
 
 
-def dynamic_int8(model: nn.Module, engine: str) -> nn.Module:
-    """A copy of the model by torch's own dynamic int8 quantisation, on one of its engines."""
+def dynamic_int8(model: nn.Module, engine: str, inplace: bool = False) -> nn.Module:
+    """The model, or a copy of it, by torch's own dynamic int8 quantisation, on one of its engines."""
     torch.backends.quantized.engine = engine
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its deprecation
-        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=inplace)
 
 
 # ---- onnxruntime -----------------------------------------------------------------------------------------------------
