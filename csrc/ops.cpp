@@ -44,6 +44,7 @@ STABLE_TORCH_LIBRARY(sparse24, m) {
       "linear_fused(Tensor x, Tensor packed, Tensor? bias, Tensor? scales, Tensor? x_scales, Tensor? residual, "
       "Tensor? y_scale, SymInt out_features, SymInt in_features, str dtype, str activation, bool weight_only, "
       "str out_dtype) -> Tensor");
+  m.def("quantize(Tensor x, Tensor scale) -> Tensor");
   m.def("conv2d_pack(Tensor values, Tensor meta, SymInt in_channels, int groups) -> Tensor");
   m.def(
       "conv2d_unpack(Tensor packed, SymInt out_channels, SymInt in_channels, int[] kernel_size, int groups, "

@@ -45,7 +45,7 @@ class Calibration:
         handles = [layer.register_forward_pre_hook(count) for layer in layers]
         try:
             for batch in self.batches:
-                self._call(batch)
+                self.call(batch)
                 return calls
         finally:
             for handle in handles:
@@ -64,7 +64,7 @@ class Calibration:
         for batch in self.batches:
             handle = layer.register_forward_pre_hook(keep, with_kwargs=True)
             try:
-                self._call(batch)
+                self.call(batch)
             except _Reached:
                 pass
             finally:
@@ -72,7 +72,7 @@ class Calibration:
             yield from seen
             seen.clear()
 
-    def _call(self, batch: Any) -> None:
+    def call(self, batch: Any) -> None:
         with torch.no_grad(), _eval(self.model):
             if isinstance(batch, Mapping):
                 self.model(**batch)

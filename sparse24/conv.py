@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse24 import ops
-from sparse24.rounding import fake_quantize
-from sparse24.sparse_module import SparseModule, autocast_dtype
+from sparse24.rounding import Rounded, conv2d, linear, round_x
+from sparse24.sparse_module import WANTS_GRADIENT, SparseModule, autocast_dtype
 
 MIN_CHANNELS = 4  # of a group of the convolution: a group of the pattern
 AXES = ("channels", "patch")
@@ -45,6 +45,41 @@ def _is_patch(conv: Any) -> bool:
     return bool(conv.kernel_size == conv.stride and no_padding and conv.dilation == (1, 1) and conv.groups == 1)
 
 
+def split_padding(conv: nn.Conv2d) -> tuple[tuple[int, int], list[int]]:
+    """What a product pads, by zeros and equally, and what has to be around x before: left, right, top, bottom."""
+    around: list[int] = conv._reversed_padding_repeated_twice
+    even = around[0] == around[1] and around[2] == around[3]
+    return ((around[2], around[0]), []) if even and conv.padding_mode == "zeros" else ((0, 0), around)
+
+
+def pad(x: Tensor, outer: list[int], mode: str) -> Tensor:
+    """x with `outer` of split_padding around it."""
+    return F.pad(x, outer, "constant" if mode == "zeros" else mode) if outer else x
+
+
+def patches_of(x: Tensor, kernel_size: tuple[int, ...]) -> Tensor:
+    """[B, C, H, W] cut into [B, H // R, W // S, C * R * S]."""
+    (r, s), (height, width) = kernel_size, x.shape[2:]
+    rows, columns = height // r, width // s
+    if rows == 0 or columns == 0:
+        raise RuntimeError(f"x must be at least as large as the kernel, {[r, s]}; got {list(x.shape)}")
+    cut = x[:, :, : rows * r, : columns * s]
+    return cut.reshape(-1, x.shape[1], rows, r, columns, s).permute(0, 2, 4, 1, 3, 5).flatten(3)
+
+
+def integer_conv2d(
+    x: Tensor, weight: Rounded, bias: Tensor | None, axis: str, x_scale: Tensor | None, **geometry: Any
+) -> Tensor:
+    """What the integer kernels make of x [B, C, H, W], float32: rounded by x_scale, or by image (patch: by patch)."""
+    if axis == "patch":
+        patches = patches_of(x, weight.q.shape[2:])
+        flat = Rounded(*(part.flatten(1) for part in weight))
+        return linear(round_x(patches, x_scale), flat, bias).permute(0, 3, 1, 2)
+    q, scale, value = round_x(x.flatten(1), x_scale)
+    images = Rounded(q.view(x.shape), scale.view(-1, 1, 1, 1), value.view(x.shape))
+    return conv2d(images, weight, bias, **geometry)
+
+
 class SparseConv2d(SparseModule):
     """y = activation(conv2d(x, W) + bias), W [out_channels, in_channels / groups, R, S], in 2:4.
 
@@ -60,7 +95,7 @@ class SparseConv2d(SparseModule):
 
     stride, padding ("same" and "valid" too), dilation, groups, padding_mode: as nn.Conv2d.
     weight_dtype: None for `dtype`, or torch.int8 or torch.int4 (pattern "pair 4:8"); then each image of x (patch: each
-    patch) is rounded to int8 by one scale as well, unless weight_only.
+    patch) is rounded to int8 by one scale as well, unless weight_only; by x_scale where x_rounding is "tensor".
     Everything else is as for SparseLinear: training of `values`, pack(), state, errors. There are kernels for the CPU
     alone: elsewhere, and within emulate(), the layer runs dense, and report() says so.
     """
@@ -81,6 +116,7 @@ class SparseConv2d(SparseModule):
         activation: str = "none",
         weight_dtype: torch.dtype | None = None,
         weight_only: bool = False,
+        x_rounding: str = "token",
         axis: str = "channels",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
@@ -105,12 +141,8 @@ class SparseConv2d(SparseModule):
             raise RuntimeError("axis 'patch' needs stride = kernel_size, no padding, dilation 1 and groups 1")
         if axis == "channels" and in_channels // groups < MIN_CHANNELS:
             raise RuntimeError(f"in_channels / groups must be at least 4; got {in_channels} / {groups}")
-        # What is added around x before a product that pads by zeros alone, and equally: left, right, top, bottom.
-        around: list[int] = dense._reversed_padding_repeated_twice
-        even = around[0] == around[1] and around[2] == around[3]
-        self._inner_padding = (around[2], around[0]) if even and padding_mode == "zeros" else (0, 0)
-        self._outer_padding = [] if even and padding_mode == "zeros" else around
-        self._create(bias, pattern, activation, weight_dtype, weight_only, device, dtype)
+        self._inner_padding, self._outer_padding = split_padding(dense)
+        self._create(bias, pattern, activation, weight_dtype, weight_only, x_rounding, device, dtype)
 
     @classmethod
     def from_dense(
@@ -121,10 +153,14 @@ class SparseConv2d(SparseModule):
         activation: str = "none",
         weight_dtype: torch.dtype | None = None,
         weight_only: bool = False,
+        scales: Tensor | None = None,
+        x_scale: Tensor | float | None = None,
         axis: str | None = None,
     ) -> Self:
         """An unpacked SparseConv2d with the weight of `conv`, copied (and rounded); its dtype, device and mode.
 
+        scales: by which an integer weight is rounded, [out_channels]; by default that of each channel's largest.
+        x_scale: by which x is rounded; by default each image (patch) by its own.
         axis: by default "channels", and "patch" for a patch convolution of fewer than four channels.
         Raises RuntimeError naming row, group and values where the weight does not fit the pattern; nothing is dropped.
         """
@@ -145,11 +181,12 @@ class SparseConv2d(SparseModule):
             activation=activation,
             weight_dtype=weight_dtype,
             weight_only=weight_only,
+            x_rounding="token" if x_scale is None else "tensor",
             axis=axis or axis_by_default,
             device="meta",
             dtype=conv.weight.dtype,
         )
-        layer._take(conv.weight, conv.bias)
+        layer._take(conv.weight, conv.bias, scales, x_scale)
         return layer.train(conv.training)
 
     # ---- the weight
@@ -212,9 +249,9 @@ class SparseConv2d(SparseModule):
             self._check_dtype(x)
         images = x if x.dim() == 4 else x.unsqueeze(0)
         if self._outer_padding:
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            images = F.pad(images, self._outer_padding, mode).contiguous(memory_format=_order(images))
-        if self._buffers["packed"] is None or (ops.emulating and self._why_dense(x)):
+            images = pad(images, self._outer_padding, self.padding_mode).contiguous(memory_format=_order(images))
+        static = self._buffers["x_scale"] is not None
+        if self._buffers["packed"] is None or ((ops.emulating or static) and self._why_dense(x)):
             y = self._dense_forward(images).contiguous(memory_format=_order(images))
         elif self.axis == "patch":
             y = self._patch_forward(images)
@@ -223,8 +260,9 @@ class SparseConv2d(SparseModule):
         return y if x.dim() == 4 else y.squeeze(0)
 
     def _sparse_forward(self, x: Tensor) -> Tensor:
-        packed = self._buffers["packed"]
+        packed, x_scale = self._buffers["packed"], self._buffers["x_scale"]
         assert packed is not None
+        x, out_dtype = self._rounded_by_tensor(x)
         return ops.conv2d(
             x,
             packed,
@@ -240,19 +278,24 @@ class SparseConv2d(SparseModule):
             dtype=self.weight_dtype,
             activation=self.activation,
             weight_only=self.weight_only,
+            x_scales=x_scale,
+            out_dtype=out_dtype,
         )
 
-    def _patch_forward(self, x: Tensor) -> Tensor:
+    def _rounded_by_tensor(self, x: Tensor) -> tuple[Tensor, torch.dtype | None]:
+        """x as the kernels take it, in int8 where x_scale rounds it; and the dtype of y where that is not x's."""
+        x_scale = self._buffers["x_scale"]
+        if x_scale is None:
+            return x, None
+        x = x.to(autocast_dtype(x.device.type) or x.dtype)
+        return ops.quantize(x, x_scale), x.dtype
+
+    def _patch_forward(self, images: Tensor) -> Tensor:
         packed = self._buffers["packed"]
         assert packed is not None
-        (r, s), (height, width) = self.kernel_size, x.shape[2:]
-        rows, columns = height // r, width // s
-        if rows == 0 or columns == 0:
-            raise RuntimeError(f"x must be at least as large as the kernel, {[r, s]}; got {list(x.shape)}")
-        cut = x[:, :, : rows * r, : columns * s]
-        patches = cut.reshape(-1, self.in_channels, rows, r, columns, s).permute(0, 2, 4, 1, 3, 5).flatten(3)
+        x, out_dtype = self._rounded_by_tensor(images)
         y = ops.linear(
-            patches,
+            patches_of(x, self.kernel_size),
             packed,
             self._parameters["bias"],
             self._buffers["scales"],
@@ -261,14 +304,18 @@ class SparseConv2d(SparseModule):
             dtype=self.weight_dtype,
             activation=self.activation,
             weight_only=self.weight_only,
+            x_scales=self._buffers["x_scale"],
+            out_dtype=out_dtype,
         ).permute(0, 3, 1, 2)
-        return y.contiguous(memory_format=_order(x))
+        return y.contiguous(memory_format=_order(images))
 
     def _why_dense(self, x: Tensor) -> str:
         """Why forward(x) convolves with the decompressed weight; "" where it runs a sparse kernel."""
         packed = self._buffers["packed"]
         if packed is None:
             return self._why_canonical(self.device) or "unpacked; call pack()"
+        if self.x_rounding == "tensor" and self._wants_gradient(x):
+            return WANTS_GRADIENT
         # What is traced while some thread emulates is traced for that, and torch.compile traces it anew afterwards.
         if not packed.is_meta and (torch.compiler.is_compiling() or ops.emulated_arch()):
             return "there is no sparse convolution on a GPU yet"
@@ -282,29 +329,19 @@ class SparseConv2d(SparseModule):
 
     def _dense_forward(self, x: Tensor) -> Tensor:
         geometry: Any = (self.stride, self._inner_padding, self.dilation, self.groups)
-        weight = self._dense_weight()
         if self.scales is None:
-            return ops.ACTIVATIONS[self.activation](F.conv2d(x, weight, self.bias, *geometry))
+            return ops.ACTIVATIONS[self.activation](F.conv2d(x, self._dense_weight(), self.bias, *geometry))
         cast = autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
             x = x if cast is None else x.to(cast)
-            bias = None if self.bias is None else self.bias.float()
-            floats = x.float()
-            if not self.weight_only:
-                floats = self.fake_quantize_images(floats, self.axis, self.kernel_size)
-            y = F.conv2d(floats, weight, bias, *geometry)
+            if self.weight_only:
+                bias = None if self.bias is None else self.bias.float()
+                y = F.conv2d(x.float(), self._dense_weight(), bias, *geometry)
+            else:
+                names = ("stride", "padding", "dilation", "groups")
+                options = dict(zip(names, geometry, strict=True))
+                y = integer_conv2d(x, self._rounded_weight(), self.bias, self.axis, self.x_scale, **options)
             return ops.ACTIVATIONS[self.activation](y).to(x.dtype)
-
-    @staticmethod
-    def fake_quantize_images(x: Tensor, axis: str, kernel_size: tuple[int, ...]) -> Tensor:
-        """x [..., C, H, W] as the kernels round it to int8, and back: image by image, or patch by patch."""
-        if axis == "channels":
-            return fake_quantize(x.flatten(-3)).view(x.shape)
-        (r, s), (height, width) = kernel_size, x.shape[-2:]
-        cut = x[..., : height // r * r, : width // s * s]
-        patches = cut.reshape(*cut.shape[:-2], height // r, r, width // s, s).movedim((-4, -2), (-5, -4))
-        rounded = fake_quantize(patches.flatten(-3)).view(patches.shape)
-        return rounded.movedim((-5, -4), (-4, -2)).reshape(cut.shape)
 
     def extra_repr(self) -> str:
         options = {"padding": ((0, 0), "valid"), "dilation": ((1, 1),), "groups": (1,), "padding_mode": ("zeros",)}

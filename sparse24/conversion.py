@@ -8,8 +8,8 @@ from torch.nn.utils import parametrize
 
 from sparse24.conv import SparseConv2d
 from sparse24.nn import SparseLinear
-from sparse24.pruning import MaskRule
-from sparse24.quantization import FakeQuantize, fake_quantization, remove_input_hook
+from sparse24.pruning import MaskRule, dense_class
+from sparse24.quantization import FakeQuantize, fake_quantization, remove_hook
 from sparse24.reporting import Outcome, Report, ours_alone, own_parametrizations, parametrizations, product_layers
 from sparse24.sparse_module import SparseModule
 
@@ -54,6 +54,7 @@ def convert(model: nn.Module) -> Report[Outcome]:
         if not reason and isinstance(layer, SparseModule):
             detail = f"{layer.pattern} {layer.weight_dtype}".replace("torch.", "")
             detail += ", weights only" if layer.weight_only else ""
+            detail += ", x by tensor" if layer.x_rounding == "tensor" else ""
             detail += f", axis={layer.axis}" if isinstance(layer, SparseConv2d) else ""
         rows.append(Outcome(found.name, found.shape, "skipped" if reason else "converted", detail))
     replace_modules(model, replacements)
@@ -68,6 +69,7 @@ def _sparse_layer(layer: nn.Linear | nn.Conv2d, pattern: str, rounding: FakeQuan
     options: dict[str, Any] = {"pattern": pattern}
     if rounding is not None:
         options |= {"weight_dtype": rounding.dtype, "weight_only": rounding.weight_only}
+        options |= {"scales": rounding.weight_scales(), "x_scale": rounding.activation_scale()}
     if isinstance(layer, nn.Conv2d):
         return SparseConv2d.from_dense(layer, **options).pack()
     return SparseLinear.from_dense(layer, **options).pack()
@@ -84,13 +86,12 @@ def _bake(layer: nn.Linear | nn.Conv2d) -> tuple[str, FakeQuantize | None]:
     rounding = fake_quantization(layer)
     stack = parametrizations(layer)
     if isinstance(stack, parametrize.ParametrizationList) and ours_alone(layer):
-        remove_input_hook(layer)
+        remove_hook(layer)
         weight = stack.original
         for rule in rules:
             if isinstance(rule, MaskRule):  # integers are rounded from the masked weight, as they were in training
                 weight = rule(weight)
-        plain = type(layer).__bases__[0]
-        layer.__class__ = plain.__bases__[0] if plain.__module__.startswith("sparse24.") else plain  # MaskedLinear
+        layer.__class__ = dense_class(layer)  # type: ignore[assignment]
         vars(layer).pop("transposable", None)
         del layer._modules["parametrizations"]
         layer.weight = nn.Parameter(weight.detach(), requires_grad=stack.original.requires_grad)

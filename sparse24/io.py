@@ -23,7 +23,8 @@ from sparse24.nn import SparseLinear
 from sparse24.sparse_module import SparseModule
 
 FORMAT_VERSION = 1
-_OPTIONS = ("pattern", "activation", "dtype", "weight_dtype", "weight_only")
+_OPTIONS = ("pattern", "activation", "dtype", "weight_dtype", "weight_only", "x_rounding")
+_DEFAULTS = {"x_rounding": "token"}  # of fields that files may lack which were written before there were such
 _SIZES = {
     "linear": ("in_features", "out_features"),
     "conv2d": (
@@ -127,7 +128,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Any]], dict
             raise RuntimeError(f"{path} has format version {version}; this sparse24 reads {FORMAT_VERSION}")
         layers = {
             str(name): {field: config[field] for field in ("kind", "bias", *_SIZES[config["kind"]], *_OPTIONS)}
-            for name, config in header["layers"].items()
+            for name, config in ((name, _DEFAULTS | config) for name, config in header["layers"].items())
         }
         state |= {alias: state[key] for alias, key in header["aliases"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse24 import ops
-from sparse24.rounding import LEVELS, fake_quantize
-from sparse24.sparse_module import FLOAT32_ON_CUDA, INT4, SparseModule, autocast_dtype
+from sparse24.rounding import LEVELS, linear, round_x
+from sparse24.sparse_module import FLOAT32_ON_CUDA, INT4, WANTS_GRADIENT, SparseModule, autocast_dtype
 
 
 class SparseLinear(SparseModule):
@@ -20,12 +20,14 @@ class SparseLinear(SparseModule):
     meta:   [out_features, ceil(G / 2)] uint8 for G groups in a row, two 2-bit column codes a group. Unpacked only.
     bias:   [out_features], `dtype`, or None.
     scales: [out_features] float32, one per row of an integer weight, else None. Stays float32 through .half().
+    x_scale: [] float32 where x_rounding is "tensor", else None. Stays float32 as well.
     packed: one uint8 tensor in the order of the kernels of its device. Packed layers only.
 
     pattern: "2:4", or the stricter "1:2"; of an int4 weight "pair 4:8". activation: "none", "relu", "gelu" (erf),
     "gelu_tanh", "silu".
     weight_dtype: None for `dtype`, or torch.int8 or torch.int4; then x is rounded to int8 per token as well
-    (quantize_rows), unless weight_only. dtype: float32, float16 or bfloat16.
+    (quantize_rows), unless weight_only. x_rounding: "token", or "tensor": all x by x_scale, rounded, what is beyond 127
+    times it cut off, NaN as 0. dtype: float32, float16 or bfloat16.
 
     A new layer starts as nn.Linear does, pruned by magnitude, in canonical form: `values` can be trained, the pattern
     is fixed, and the product runs dense. `pack()` makes it sparse and fast; gradients then reach x and bias only. On
@@ -49,13 +51,14 @@ class SparseLinear(SparseModule):
         activation: str = "none",
         weight_dtype: torch.dtype | None = None,
         weight_only: bool = False,
+        x_rounding: str = "token",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self._create(bias, pattern, activation, weight_dtype, weight_only, device, dtype)
+        self._create(bias, pattern, activation, weight_dtype, weight_only, x_rounding, device, dtype)
 
     @classmethod
     def from_dense(
@@ -66,9 +69,13 @@ class SparseLinear(SparseModule):
         activation: str = "none",
         weight_dtype: torch.dtype | None = None,
         weight_only: bool = False,
+        scales: Tensor | None = None,
+        x_scale: Tensor | float | None = None,
     ) -> Self:
         """An unpacked SparseLinear with the weight of `linear`, copied (and rounded); its dtype, device and mode.
 
+        scales: by which an integer weight is rounded, [out_features]; by default that of each row's largest.
+        x_scale: by which x is rounded; by default each token by its own.
         Raises RuntimeError naming row, group and values where the weight does not fit the pattern; nothing is dropped.
         """
         layer = cls(
@@ -79,10 +86,11 @@ class SparseLinear(SparseModule):
             activation=activation,
             weight_dtype=weight_dtype,
             weight_only=weight_only,
+            x_rounding="token" if x_scale is None else "tensor",
             device="meta",
             dtype=linear.weight.dtype,
         )
-        layer._take(linear.weight, linear.bias)
+        layer._take(linear.weight, linear.bias, scales, x_scale)
         return layer.train(linear.training)
 
     # ---- the weight
@@ -132,6 +140,9 @@ class SparseLinear(SparseModule):
             return self._dense_forward(x)
         if x.dtype is not self.dtype:
             self._check_dtype(x)
+        x_scale = self._buffers["x_scale"]
+        if x_scale is not None:
+            return self._static_forward(x, packed, x_scale)
         return ops.linear(
             x,
             packed,
@@ -144,11 +155,32 @@ class SparseLinear(SparseModule):
             weight_only=self.weight_only,
         )
 
+    def _static_forward(self, x: Tensor, packed: Tensor, x_scale: Tensor) -> Tensor:
+        if self._wants_gradient(x):
+            return self._dense_forward(x)
+        cast = autocast_dtype(x.device.type)
+        x = x if cast is None else x.to(cast)
+        with torch.autocast(x.device.type, enabled=False):
+            return ops.linear(
+                ops.quantize(x, x_scale),
+                packed,
+                self._parameters["bias"],
+                self._buffers["scales"],
+                out_features=self.out_features,
+                in_features=self.in_features,
+                dtype=self.weight_dtype,
+                activation=self.activation,
+                x_scales=x_scale,
+                out_dtype=x.dtype,
+            )
+
     def _why_dense(self, x: Tensor) -> str:
         """Why forward(x) multiplies by the decompressed weight; "" where it runs a sparse kernel."""
         packed = self._buffers["packed"]
         if packed is None:
             return self._why_canonical(self.device) or "unpacked; call pack()"
+        if self.x_rounding == "tensor" and self._wants_gradient(x):
+            return WANTS_GRADIENT
         # What is traced while some thread emulates is traced for that, and torch.compile traces it anew afterwards.
         if packed.is_meta or not (packed.is_cuda or torch.compiler.is_compiling() or ops.emulated_arch()):
             return ""
@@ -173,9 +205,11 @@ class SparseLinear(SparseModule):
             return self._dense_integer(x.to(cast))
 
     def _dense_integer(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.float()
-        floats = x.float() if self.weight_only else fake_quantize(x.float())
-        y = F.linear(floats, self._dense_weight(), bias)
+        if self.weight_only:
+            bias = None if self.bias is None else self.bias.float()
+            y = F.linear(x.float(), self._dense_weight(), bias)
+        else:
+            y = linear(round_x(x, self.x_scale), self._rounded_weight(), self.bias)
         return ops.ACTIVATIONS[self.activation](y).to(x.dtype)
 
     def extra_repr(self) -> str:

@@ -27,6 +27,7 @@ from sparse24.registration import check_residual
 from sparse24.registration import columns_of as columns_of
 from sparse24.registration import pack_int4 as pack_int4
 from sparse24.registration import unpack_int4 as unpack_int4
+from sparse24.rounding import quantize_by
 
 _ops = library.ops
 _NAMES = library.NAMES
@@ -225,6 +226,19 @@ def _out_name(x: Tensor, out_dtype: torch.dtype | None) -> str:
         cast = x.is_floating_point() and torch.is_autocast_enabled(device)
         out_dtype = torch.get_autocast_dtype(device) if cast else x.dtype
     return str(out_dtype).removeprefix("torch.")
+
+
+def quantize(x: Tensor, scale: Tensor) -> Tensor:
+    """int8 clamp(round_half_even(x / scale), -127, 127) of the shape of x, NaN as 0: what `x_scales` belongs to.
+
+    x: float32, float16 or bfloat16, any strides; channels last stays so. scale: one positive float32 number. No
+    gradient. Raises RuntimeError for arguments that do not fit.
+    """
+    if x.device.type != "cpu":
+        return quantize_by(x, scale).to(torch.int8)
+    if x.dim() == 4 and x.stride(1) == 1 and not x.is_contiguous():
+        return _ops.quantize(x.permute(0, 2, 3, 1), scale).permute(0, 3, 1, 2)
+    return _ops.quantize(x, scale)
 
 
 # ---- Convolution -----------------------------------------------------------------------------------------------------

@@ -187,6 +187,18 @@ def _put(layer: nn.Module, mask: Mask) -> None:
     parametrize.register_parametrization(layer, "weight", mask)
 
 
+def dense_class(layer: nn.Module) -> type[nn.Module]:
+    """What a parametrised layer was before parametrize, and training with sparse kernels, made a class of its own."""
+    base = type(layer).__bases__[0]
+    return base.__bases__[0] if base.__module__.startswith("sparse24.") else base
+
+
+def reclass(layer: nn.Module, base: type[nn.Module], **members: Any) -> None:
+    """Give the class of a parametrised layer, which is its own, another base, and further members."""
+    own = {name: member for name, member in vars(type(layer)).items() if name not in ("__dict__", "__weakref__")}
+    layer.__class__ = type(f"Parametrized{base.__name__}", (base,), own | members)
+
+
 def skip_rule(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
     """`skip` as a function of (name, module). Raises RuntimeError if it names a module that the model does not have."""
     if callable(skip):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -301,10 +301,9 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def progress(items: Iterable[Item], description: str) -> Iterable[Item]:
-    """The items, with a bar on the terminal where rich is installed."""
-    items = list(items)
+    """The items, one after the other, with a bar on the terminal where rich is installed."""
     try:
         from rich.progress import track
     except ImportError:
         return items
-    return track(items, description=description)
+    return track(items, description=description, total=len(items) if isinstance(items, Sized) else None)

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from sparse24 import ops
-from sparse24.rounding import LEVELS, quantize_rows
+from sparse24.rounding import LEVELS, Rounded, quantize_by, quantize_rows
 from sparse24.weight import READ_ONLY, SparseWeight, TracedWeight
 
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]
 FLOAT32_ON_CUDA = "float32 has no sparse kernel on CUDA; half() or bfloat16() makes the layer sparse there"
+WANTS_GRADIENT = "x or bias wants a gradient, which there is for x_rounding 'tensor' in the dense product alone"
+_SCALES = ("scales", "x_scale")
+_X_SCALE = "x_scale must be one positive finite number; got {}"
 _PACKED = "a packed {} has no {}: call unpack() first, or use state_dict() and load_state_dict()"
 
 
@@ -28,6 +31,7 @@ class SparseModule(nn.Module):
     values, meta: the canonical form. Unpacked layers only.
     bias:         [outputs], `dtype`, or None.
     scales:       [outputs] float32, one per output of an integer weight, else None. Stays float32 through .half().
+    x_scale:      [] float32, where x_rounding is "tensor": x is rounded to int8 by it. Else None.
     packed:       one uint8 tensor in the order of the kernels of its device. Packed layers only.
     """
 
@@ -35,6 +39,7 @@ class SparseModule(nn.Module):
     meta: nn.Parameter
     bias: nn.Parameter | None
     scales: Tensor | None
+    x_scale: Tensor | None
     packed: Tensor | None
 
     def _create(
@@ -44,6 +49,7 @@ class SparseModule(nn.Module):
         activation: str,
         weight_dtype: torch.dtype | None,
         weight_only: bool,
+        x_rounding: str,
         device: torch.device | str | int | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -59,11 +65,13 @@ class SparseModule(nn.Module):
         integer = weight_dtype in LEVELS
         if weight_only and not integer:
             raise RuntimeError(f"weight_only is for a weight_dtype of torch.int8 or torch.int4; got {weight_dtype}")
+        _check_x_rounding(x_rounding, integer and not weight_only)
         self.pattern = pattern
         self.activation = activation
         self.dtype = dtype
         self.weight_dtype = weight_dtype
         self.weight_only = weight_only
+        self.x_rounding = x_rounding
         self._frozen = False  # pack() was called: hold the packed form wherever the device has one
 
         shapes = self._shapes()
@@ -76,6 +84,8 @@ class SparseModule(nn.Module):
         self.register_parameter("bias", bias_vector)
         scales = torch.empty(outputs, dtype=torch.float32, device=device) if integer else None
         self.register_buffer("scales", scales)
+        by_tensor = x_rounding == "tensor"
+        self.register_buffer("x_scale", torch.empty((), dtype=torch.float32, device=device) if by_tensor else None)
         self.register_buffer("packed", None, persistent=False)
         if not values.is_meta:
             self.reset_parameters()
@@ -125,10 +135,11 @@ class SparseModule(nn.Module):
         # Values of a group: two elements, or for int4 four in two bytes.
         groups = -(-self._features() // (8 if self.weight_dtype is INT4 else 4))
         rows, outputs = self._rows(), self._weight_shape()[:1]
-        return {"values": (*rows, 2 * groups), "meta": (*rows, -(-groups // 2)), "bias": outputs, "scales": outputs}
+        shapes = {"values": (*rows, 2 * groups), "meta": (*rows, -(-groups // 2)), "bias": outputs, "scales": outputs}
+        return shapes | {"x_scale": ()}
 
     def reset_parameters(self) -> None:
-        """Start afresh: the initial weight and bias of the dense layer, pruned by magnitude (and rounded)."""
+        """Start afresh: weight and bias as of a new dense layer, pruned by magnitude (and rounded; x_scale 1)."""
         dense = self._new_dense()
         matrix = self._as_matrix(dense.get_parameter("weight").detach())
         matrix = torch.where(ops.prune_mask(matrix, self.pattern), matrix, 0)
@@ -137,22 +148,38 @@ class SparseModule(nn.Module):
             state["bias"] = dense.get_parameter("bias").detach()
         self.load_state_dict(state)
 
-    def _take(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Take over the weight, which fits the pattern, and the bias of a dense layer; a layer on the meta device."""
-        state = {name: tensor.to(weight.device) for name, tensor in self._state_of(weight.detach().cpu()).items()}
+    def _take(
+        self, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None, x_scale: Tensor | float | None = None
+    ) -> None:
+        """Take over the weight, which fits the pattern, and the bias of a dense layer; a layer on the meta device.
+
+        scales, x_scale: by which weight and x are rounded; by default that of each output's largest weight, and 1.
+        """
+        state = self._state_of(weight.detach().cpu(), scales, 1 if x_scale is None else x_scale)
+        state = {name: tensor.to(weight.device) for name, tensor in state.items()}
         if bias is not None:
             state["bias"] = bias.detach().clone()
         self.load_state_dict(state, assign=True)
         if self.bias is not None and bias is not None:
             self.bias.requires_grad_(bias.requires_grad)
 
-    def _state_of(self, weight: Tensor) -> dict[str, Tensor]:
+    def _state_of(
+        self, weight: Tensor, scales: Tensor | None = None, x_scale: Tensor | float = 1.0
+    ) -> dict[str, Tensor]:
         """values, meta and scales of a dense weight on the CPU. Raises RuntimeError where it does not fit."""
         state = {}
         if self.weight_dtype in LEVELS:
-            q, scale = quantize_rows(weight.float().flatten(1), LEVELS[self.weight_dtype])
+            rows, levels = weight.float().flatten(1), LEVELS[self.weight_dtype]
+            if scales is None:
+                q, scale = quantize_rows(rows, levels)
+            else:
+                scale = scales.detach().cpu().float().view(-1, 1)
+                _check_finite(torch.where(rows.isfinite().all(1, keepdim=True), scale, torch.nan), self.weight_dtype)
+                q = quantize_by(rows, scale, levels)
             _check_finite(scale, self.weight_dtype)
             weight, state["scales"] = q.to(torch.int8).view(weight.shape), scale.squeeze(-1)
+        if self.x_rounding == "tensor":
+            state["x_scale"] = torch.as_tensor(x_scale, dtype=torch.float32).detach().cpu().clone()
         matrix = self._as_matrix(weight).contiguous()
         values, meta = ops.compress(ops.pack_int4(matrix) if self.weight_dtype is INT4 else matrix, self.pattern)
         shapes = self._shapes()
@@ -160,6 +187,21 @@ class SparseModule(nn.Module):
 
     def _dense_weight(self) -> Tensor:
         """W decompressed: `dtype`, differentiable in float values; or float32 and scaled, of an integer layer."""
+        weight = self._whole_weight()
+        return weight if self.scales is None else weight * self._scales_of(weight)
+
+    def _rounded_weight(self) -> Rounded:
+        """W of an integer layer, decompressed."""
+        q = self._whole_weight()
+        scales = self._scales_of(q)
+        return Rounded(q, scales, q * scales)
+
+    def _scales_of(self, weight: Tensor) -> Tensor:
+        assert self.scales is not None
+        return self.scales.view(-1, *[1] * (weight.dim() - 1))
+
+    def _whole_weight(self) -> Tensor:
+        """W decompressed, without its scales."""
         values, meta = self._canonical()
         by_torch = self._device_problem(values.device)
         decompress = _decompress_by_torch if by_torch else ops.decompress
@@ -167,10 +209,7 @@ class SparseModule(nn.Module):
         matrix = decompress(*rows, in_features=self._features(), pattern=self.pattern)
         if self.weight_dtype is INT4 and not by_torch:
             matrix = ops.unpack_int4(matrix)[:, : self._features()]
-        weight = self._from_matrix(matrix)
-        if self.scales is None:
-            return weight
-        return weight * self.scales.view(-1, *[1] * (weight.dim() - 1))
+        return self._from_matrix(matrix)
 
     def _detached_weight(self) -> Tensor:
         return self._dense_weight().detach().to(self.dtype)
@@ -195,10 +234,13 @@ class SparseModule(nn.Module):
         return self
 
     @torch.no_grad()
-    def quantize(self, dtype: torch.dtype = torch.int8, *, weight_only: bool = False) -> Self:
+    def quantize(
+        self, dtype: torch.dtype = torch.int8, *, weight_only: bool = False, x_scale: Tensor | float | None = None
+    ) -> Self:
         """Round a float weight to int8 per output, in place (quantize_rows). Returns self.
 
-        weight_only: x will be multiplied as it is. Raises RuntimeError, and changes nothing, where an output's weights
+        weight_only: x will be multiplied as it is. x_scale: by which x will be rounded, rather than each token by its
+        own. Raises RuntimeError, and changes nothing, where an output's weights
         are not finite, or for int4, whose pairs of columns this weight does not keep.
         """
         if dtype is INT4:
@@ -210,6 +252,10 @@ class SparseModule(nn.Module):
             raise RuntimeError(f"dtype must be torch.int8; got {dtype}")
         if self.scales is not None:
             return self
+        _check_x_rounding("token" if x_scale is None else "tensor", not weight_only)
+        given = None if x_scale is None else torch.as_tensor(x_scale, dtype=torch.float32, device=self.device)
+        if given is not None and not given.is_meta:
+            _check_x_scale(given)
         values = self._canonical()[0].detach()
         q, scale = quantize_rows(values.float().flatten(1), LEVELS[dtype])
         if not scale.is_meta:
@@ -218,6 +264,7 @@ class SparseModule(nn.Module):
         self._parameters["values"] = nn.Parameter(q.to(torch.int8).view(values.shape), requires_grad=False)
         self.scales = scale.squeeze(-1)
         self.weight_dtype, self.weight_only = dtype, weight_only
+        self.x_scale, self.x_rounding = given, "token" if given is None else "tensor"
         self._settle()
         return self
 
@@ -267,8 +314,13 @@ class SparseModule(nn.Module):
         """What extra_repr says after the sizes."""
         weight = "" if self.weight_dtype is self.dtype else f", weight_dtype={self.weight_dtype}"
         weight += ", weight_only=True" if self.weight_only else ""
+        weight += ", x_rounding=tensor" if self.x_rounding == "tensor" else ""
         activation = "" if self.activation == "none" else f", activation={self.activation}"
         return f"pattern={self.pattern}, dtype={self.dtype}{weight}{activation}, packed={self.packed is not None}"
+
+    def _wants_gradient(self, x: Tensor) -> bool:
+        bias = self._parameters["bias"]
+        return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
     def _check_dtype(self, x: Tensor) -> None:
         if x.dtype is not self.dtype and autocast_dtype(x.device.type) is None:
@@ -291,11 +343,11 @@ class SparseModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         _check_float(probe.dtype)
-        scales = self.scales
+        scales = (id(self.scales), id(self.x_scale))
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            keeps_dtype = tensor is scales or not tensor.dtype.is_floating_point
+            keeps_dtype = id(tensor) in scales or not tensor.dtype.is_floating_point
             return tensor.to(moved.device) if keeps_dtype and moved.dtype is not tensor.dtype else moved
 
         if probe.dtype is self.dtype and probe.device == self.device:  # share_memory(), .to(where it is): bytes suffice
@@ -353,7 +405,7 @@ class SparseModule(nn.Module):
         assign = local_metadata.get("assign_to_params_buffers", False)
         names = ["values", "meta"]
         names += ["bias"] if self.bias is not None else []
-        names += ["scales"] if self.scales is not None else []
+        names += [name for name in _SCALES if self._buffers[name] is not None]
         if strict:
             missing_keys += [prefix + name for name in names if prefix + name not in state_dict]
             known = {prefix + name for name in names}
@@ -380,6 +432,7 @@ class SparseModule(nn.Module):
             "meta": torch.uint8,
             "bias": dtype,
             "scales": torch.float32,
+            "x_scale": torch.float32,
         }
         sound = True
         for name, tensor in incoming.items():
@@ -391,10 +444,12 @@ class SparseModule(nn.Module):
             elif name == "scales" and not tensor.is_meta and not tensor.isfinite().all():
                 row = int(tensor.isfinite().logical_not().nonzero()[0])
                 yield f"scales must be finite; got {tensor[row].item()} in row {row}"
+            elif name == "x_scale" and not tensor.is_meta and not 0 < tensor.item() < float("inf"):
+                yield _X_SCALE.format(tensor.item())
             else:
                 continue
             sound = False
-        parts = ["values", "meta"] + (["scales"] if self.scales is not None else [])
+        parts = ["values", "meta"] + [name for name in _SCALES if self._buffers[name] is not None]
         absent = [name for name in parts if name not in incoming]
         if 0 < len(absent) < len(parts):
             yield f"{', '.join(parts)} belong together; {' and '.join(absent)} did not come"
@@ -411,7 +466,7 @@ class SparseModule(nn.Module):
         device = self.device
         self._set_dtype(dtype)
         for name, tensor in incoming.items():
-            if name == "scales":
+            if name in _SCALES:
                 store: dict[str, Any] = self._buffers
             else:
                 store = self._parameters
@@ -420,7 +475,7 @@ class SparseModule(nn.Module):
                 current.copy_(tensor)
                 continue
             tensor = tensor if assign else tensor.to(device)
-            if name != "scales":
+            if name not in _SCALES:
                 trainable = current is not None and current.requires_grad
                 same = isinstance(tensor, nn.Parameter)
                 tensor = tensor.requires_grad_(trainable) if same else nn.Parameter(tensor.detach(), trainable)
@@ -478,6 +533,18 @@ def check_pattern(pattern: str, weight_dtype: torch.dtype) -> None:
         )
     elif pattern not in ("2:4", "1:2"):
         raise RuntimeError(f"pattern must be '2:4' or '1:2'; got {pattern!r}")
+
+
+def _check_x_rounding(x_rounding: str, integer_x: bool) -> None:
+    if x_rounding not in ("token", "tensor"):
+        raise RuntimeError(f"x_rounding must be 'token' or 'tensor'; got {x_rounding!r}")
+    if x_rounding == "tensor" and not integer_x:
+        raise RuntimeError("x_rounding 'tensor' is for an integer weight_dtype without weight_only: x stays as it is")
+
+
+def _check_x_scale(x_scale: Tensor) -> None:
+    if x_scale.shape != () or not 0 < x_scale.item() < float("inf"):
+        raise RuntimeError(_X_SCALE.format(x_scale.tolist()))
 
 
 def _check_finite(scale: Tensor, dtype: torch.dtype) -> None:

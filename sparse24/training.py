@@ -19,7 +19,8 @@ from torch.nn.utils import parametrize
 
 from sparse24 import ops
 from sparse24.masks import Columns, bad_groups
-from sparse24.pruning import Mask, MaskRule, masked
+from sparse24.pruning import Mask, MaskRule, dense_class, masked, reclass
+from sparse24.quantization import fake_quantization
 from sparse24.reporting import Outcome, Report, parametrizations, product_layers
 from sparse24.sparse_module import FLOAT32_ON_CUDA, FLOAT_TYPES, autocast_dtype, device_problem
 
@@ -221,8 +222,11 @@ def _why_products_stay_dense(layer: nn.Linear | nn.Conv2d, rule: MaskRule) -> st
         return "'pair 4:8' has sparse kernels of int4 alone"
     if isinstance(rule, Mask) and bad_groups(rule.mask, "2:4"):
         return "its mask keeps more than 2:4 does so far: call train_sparse() again when it is chosen to the end"
-    if type(layer).__bases__[0] not in (nn.Linear, MaskedLinear):
-        return f"it is a {type(layer).__bases__[0].__name__}, not an nn.Linear"
+    if dense_class(layer) is not nn.Linear:
+        return f"it is a {dense_class(layer).__name__}, not an nn.Linear"
+    rounding = fake_quantization(layer)
+    if rounding is not None and not rounding.weight_only:
+        return "fake quantisation multiplies in whole numbers"
     weight = layer.weight
     if weight.is_cuda and weight.dtype is torch.float32:
         return FLOAT32_ON_CUDA
@@ -232,10 +236,7 @@ def _why_products_stay_dense(layer: nn.Linear | nn.Conv2d, rule: MaskRule) -> st
 def _run_sparse(layer: nn.Linear, transposable: bool) -> None:
     """Make a parametrised nn.Linear a parametrised MaskedLinear: the same class, on another base."""
     if not isinstance(layer, MaskedLinear):
-        members = {
-            name: member for name, member in vars(type(layer)).items() if name not in ("__dict__", "__weakref__")
-        }
-        layer.__class__ = type(f"Parametrized{MaskedLinear.__name__}", (MaskedLinear,), members)
+        reclass(layer, MaskedLinear)
     assert isinstance(layer, MaskedLinear)
     layer.transposable = transposable
 

@@ -327,7 +327,7 @@ def test_the_integers_are_those_of_fake_quantisation(
 def test_int4_of_a_2_4_mask_is_refused(block: Block) -> None:
     sparse24.prune(block)
     result = outcomes(sparse24.quantize(block, INT4))
-    assert result["middle"] == ("skipped", "it is pruned to 2:4: int4 needs pair 4:8")
+    assert result["middle"] == ("skipped", "it is pruned to 2:4: int4 needs pair 4:8; reprune=True chooses such a mask")
     sparse24.convert(block)
     assert "int4 keeps pairs of columns" in outcomes(sparse24.quantize(block, INT4))["middle"][1]
     assert outcomes(sparse24.quantize(block))["middle"] == ("quantized", "2:4 int8")

@@ -407,9 +407,9 @@ def test_bad_arguments(arguments):
     assert not any(isinstance(layer, MaskedLinear) for layer in model)
 
 
-def test_quantized_training_runs_sparse(compressed):
+def test_training_of_rounded_weights_runs_sparse(compressed):
     model = pruned()
-    sparse24.quantize(model)
+    sparse24.quantize(model, weight_only=True)
     steps(model, 2)
     assert len(compressed) == 2 * (3 + 2)  # the gradient of the model's x is not wanted
     assert {row.outcome for row in sparse24.convert(model).rows} == {"converted"}

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "csrc/cpu/conv/conv.h"
-#include "csrc/cpu/conv/quantize.h"
+#include "csrc/cpu/quantize.h"
 #include "csrc/cpu/transpose.h"
 #include "tests/native/linear_problem.h"
 

@@ -7,9 +7,9 @@
 #include <memory>
 #include <vector>
 
-#include "csrc/cpu/conv/quantize.h"
 #include "csrc/cpu/isa.h"
 #include "csrc/cpu/parallel.h"
+#include "csrc/cpu/quantize.h"
 #include "csrc/cpu/transpose.h"
 
 namespace sparse24::cpu {
@@ -249,13 +249,6 @@ void multiply(const Conv2d& call) {
     }
     linear(product, source);
   }
-}
-
-const Quantizer& quantizer() {
-#if defined(__x86_64__)
-  if (active_isa() >= Isa::AVX512) return avx512_quantizer();
-#endif
-  return portable_quantizer();
 }
 
 // A float x as int8 [images, height, width, channels], and the scale of each image.

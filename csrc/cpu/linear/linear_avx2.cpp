@@ -10,9 +10,9 @@
 #include <algorithm>
 #include <utility>
 
-#include "csrc/cpu/conv/quantize.h"
 #include "csrc/cpu/linear/activations.h"
 #include "csrc/cpu/linear/linear_kernels.h"
+#include "csrc/cpu/quantize.h"
 
 namespace sparse24::cpu {
 namespace {

@@ -2,7 +2,7 @@
 // integers with float x are in linear_weight_only_avx512.cpp.
 #include "csrc/cpu/linear/linear_avx512.h"
 
-#include "csrc/cpu/conv/quantize.h"
+#include "csrc/cpu/quantize.h"
 
 namespace sparse24::cpu {
 namespace {
@@ -155,7 +155,7 @@ SPARSE24_INLINE __m128i quantized(__m512 x, __m512 s) {
 void quantize(const void* x, Element element, int64_t count, float scale, int8_t* q) {
   const __m512 s = _mm512_set1_ps(scale);
   for_each_16(count, count, [&](int64_t k, __mmask16 mask) SPARSE24_LAMBDA {
-    _mm_mask_storeu_epi8(q + k, mask, quantized(load_floats(x, element, k, mask), s));
+    store_quantized(q + k, mask, load_floats(x, element, k, mask), s);
   });
 }
 

@@ -1,10 +1,11 @@
 // The loops of quantize.h in plain C++, written so that compilers vectorise them.
-#include "csrc/cpu/conv/quantize.h"
+#include "csrc/cpu/quantize.h"
 
 #include <algorithm>
 #include <bit>
 
 #include "csrc/cpu/half.h"
+#include "csrc/cpu/isa.h"
 
 namespace sparse24::cpu {
 namespace {
@@ -28,8 +29,9 @@ uint32_t largest(const void* x, Element element, int64_t count) {
 void quantize(const void* x, Element element, int64_t count, float scale, int8_t* q) {
   with_reader(x, element, [=](const auto& at) {
     for (int64_t i = 0; i < count; ++i) {
-      // Adding 1.5 * 2^23 rounds to a whole number, ties to even. max() first: it makes a number of NaN.
-      const float clamped = std::min(std::max(-127.0f, at(i) / scale), 127.0f);
+      // Adding 1.5 * 2^23 rounds to a whole number, ties to even.
+      const float quotient = at(i) / scale, number = quotient == quotient ? quotient : 0.0f;
+      const float clamped = std::min(std::max(-127.0f, number), 127.0f);
       q[i] = static_cast<int8_t>(static_cast<int32_t>(clamped + 12582912.0f - 12582912.0f));
     }
     return 0;
@@ -41,5 +43,12 @@ constexpr Quantizer QUANTIZER{largest, quantize};
 }  // namespace
 
 const Quantizer& portable_quantizer() { return QUANTIZER; }
+
+const Quantizer& quantizer() {
+#if defined(__x86_64__)
+  if (active_isa() >= Isa::AVX512) return avx512_quantizer();
+#endif
+  return portable_quantizer();
+}
 
 }  // namespace sparse24::cpu
