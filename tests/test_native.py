@@ -286,9 +286,18 @@ MUTANTS = {
     ),
     "quantize: halves away from zero": Mutant(
         "test_conv",
-        "csrc/cpu/conv/quantize.cpp",
+        "csrc/cpu/quantize.cpp",
         "clamped + 12582912.0f - 12582912.0f",
         "clamped + (clamped < 0 ? -0.5f : 0.5f)",
+    ),
+    "quantize: a NaN is the least number": Mutant(
+        "test_conv", "csrc/cpu/quantize.cpp", "quotient == quotient ? quotient : 0.0f", "quotient"
+    ),
+    "quantize: what is too large becomes the least": Mutant(
+        "test_conv",
+        "csrc/cpu/linear/linear_avx512.cpp",
+        "store_quantized(q + k, mask, load_floats(x, element, k, mask), s);",
+        "_mm_mask_storeu_epi8(q + k, mask, quantized(load_floats(x, element, k, mask), s));",
     ),
 }
 
