@@ -13,6 +13,7 @@ from sparse24.reporting import report
 from sparse24.tuning import default_path, load_tuned, tune
 
 if TYPE_CHECKING:
+    from sparse24.chaining import chain
     from sparse24.emulation import emulate
     from sparse24.gradual import GradualPruning
     from sparse24.io import load, save
@@ -27,6 +28,7 @@ __all__ = [
     "GradualPruning",
     "SparseConv2d",
     "SparseLinear",
+    "chain",
     "check_masks",
     "compress",
     "convert",
@@ -56,6 +58,7 @@ if default_path().exists():  # what tune() kept for this CPU and version
 
 _LATER = {  # imported when first used, so that `import sparse24` stays quick
     "GradualPruning": "gradual",
+    "chain": "chaining",
     "check_masks": "mask_check",
     "emulate": "emulation",
     "load": "io",

@@ -117,6 +117,7 @@ class SparseConv2d(SparseModule):
         weight_dtype: torch.dtype | None = None,
         weight_only: bool = False,
         x_rounding: str = "token",
+        int8_y: bool = False,
         axis: str = "channels",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
@@ -142,7 +143,7 @@ class SparseConv2d(SparseModule):
         if axis == "channels" and in_channels // groups < MIN_CHANNELS:
             raise RuntimeError(f"in_channels / groups must be at least 4; got {in_channels} / {groups}")
         self._inner_padding, self._outer_padding = split_padding(dense)
-        self._create(bias, pattern, activation, weight_dtype, weight_only, x_rounding, device, dtype)
+        self._create(bias, pattern, activation, weight_dtype, weight_only, x_rounding, int8_y, device, dtype)
 
     @classmethod
     def from_dense(
@@ -250,8 +251,8 @@ class SparseConv2d(SparseModule):
         images = x if x.dim() == 4 else x.unsqueeze(0)
         if self._outer_padding:
             images = pad(images, self._outer_padding, self.padding_mode).contiguous(memory_format=_order(images))
-        static = self._buffers["x_scale"] is not None
-        if self._buffers["packed"] is None or ((ops.emulating or static) and self._why_dense(x)):
+        no_gradient = self._buffers["x_scale"] is not None and self._wants_gradient(x)
+        if self._buffers["packed"] is None or no_gradient or (ops.emulating and self._why_dense(x)):
             y = self._dense_forward(images).contiguous(memory_format=_order(images))
         elif self.axis == "patch":
             y = self._patch_forward(images)
@@ -262,9 +263,8 @@ class SparseConv2d(SparseModule):
     def _sparse_forward(self, x: Tensor) -> Tensor:
         packed, x_scale = self._buffers["packed"], self._buffers["x_scale"]
         assert packed is not None
-        x, out_dtype = self._rounded_by_tensor(x)
         return ops.conv2d(
-            x,
+            self._rounded_x(x),
             packed,
             self._parameters["bias"],
             self._buffers["scales"],
@@ -279,23 +279,15 @@ class SparseConv2d(SparseModule):
             activation=self.activation,
             weight_only=self.weight_only,
             x_scales=x_scale,
-            out_dtype=out_dtype,
+            y_scale=self._buffers["y_scale"],
+            out_dtype=self._y_dtype(x),
         )
-
-    def _rounded_by_tensor(self, x: Tensor) -> tuple[Tensor, torch.dtype | None]:
-        """x as the kernels take it, in int8 where x_scale rounds it; and the dtype of y where that is not x's."""
-        x_scale = self._buffers["x_scale"]
-        if x_scale is None:
-            return x, None
-        x = x.to(autocast_dtype(x.device.type) or x.dtype)
-        return ops.quantize(x, x_scale), x.dtype
 
     def _patch_forward(self, images: Tensor) -> Tensor:
         packed = self._buffers["packed"]
         assert packed is not None
-        x, out_dtype = self._rounded_by_tensor(images)
         y = ops.linear(
-            patches_of(x, self.kernel_size),
+            patches_of(self._rounded_x(images), self.kernel_size),
             packed,
             self._parameters["bias"],
             self._buffers["scales"],
@@ -305,7 +297,8 @@ class SparseConv2d(SparseModule):
             activation=self.activation,
             weight_only=self.weight_only,
             x_scales=self._buffers["x_scale"],
-            out_dtype=out_dtype,
+            y_scale=self._buffers["y_scale"],
+            out_dtype=self._y_dtype(images),
         ).permute(0, 3, 1, 2)
         return y.contiguous(memory_format=_order(images))
 
@@ -331,9 +324,9 @@ class SparseConv2d(SparseModule):
         geometry: Any = (self.stride, self._inner_padding, self.dilation, self.groups)
         if self.scales is None:
             return ops.ACTIVATIONS[self.activation](F.conv2d(x, self._dense_weight(), self.bias, *geometry))
-        cast = autocast_dtype(x.device.type)
+        dtype, cast = self._y_dtype(x), autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
-            x = x if cast is None else x.to(cast)
+            x = x if cast is None or x.dtype is torch.int8 else x.to(cast)
             if self.weight_only:
                 bias = None if self.bias is None else self.bias.float()
                 y = F.conv2d(x.float(), self._dense_weight(), bias, *geometry)
@@ -341,7 +334,7 @@ class SparseConv2d(SparseModule):
                 names = ("stride", "padding", "dilation", "groups")
                 options = dict(zip(names, geometry, strict=True))
                 y = integer_conv2d(x, self._rounded_weight(), self.bias, self.axis, self.x_scale, **options)
-            return ops.ACTIVATIONS[self.activation](y).to(x.dtype)
+            return self._dense_y(y, dtype)
 
     def extra_repr(self) -> str:
         options = {"padding": ((0, 0), "valid"), "dilation": ((1, 1),), "groups": (1,), "padding_mode": ("zeros",)}

@@ -23,8 +23,11 @@ from sparse24.nn import SparseLinear
 from sparse24.sparse_module import SparseModule
 
 FORMAT_VERSION = 1
-_OPTIONS = ("pattern", "activation", "dtype", "weight_dtype", "weight_only", "x_rounding")
-_DEFAULTS = {"x_rounding": "token"}  # of fields that files may lack which were written before there were such
+_OPTIONS = ("pattern", "activation", "dtype", "weight_dtype", "weight_only", "x_rounding", "int8_y")
+_DEFAULTS = {
+    "x_rounding": "token",
+    "int8_y": False,
+}  # of fields that files from before them lack
 _SIZES = {
     "linear": ("in_features", "out_features"),
     "conv2d": (

@@ -20,14 +20,15 @@ class SparseLinear(SparseModule):
     meta:   [out_features, ceil(G / 2)] uint8 for G groups in a row, two 2-bit column codes a group. Unpacked only.
     bias:   [out_features], `dtype`, or None.
     scales: [out_features] float32, one per row of an integer weight, else None. Stays float32 through .half().
-    x_scale: [] float32 where x_rounding is "tensor", else None. Stays float32 as well.
+    x_scale: [] float32 where x_rounding is "tensor", else None. Stays float32 as well; y_scale, where int8_y, too.
     packed: one uint8 tensor in the order of the kernels of its device. Packed layers only.
 
     pattern: "2:4", or the stricter "1:2"; of an int4 weight "pair 4:8". activation: "none", "relu", "gelu" (erf),
     "gelu_tanh", "silu".
     weight_dtype: None for `dtype`, or torch.int8 or torch.int4; then x is rounded to int8 per token as well
-    (quantize_rows), unless weight_only. x_rounding: "token", or "tensor": all x by x_scale, rounded, what is beyond 127
-    times it cut off, NaN as 0. dtype: float32, float16 or bfloat16.
+    (quantize_rows), unless weight_only. dtype: float32, float16 or bfloat16.
+    x_rounding: "token", or "tensor": all x by x_scale, what is beyond 127 times it cut off, NaN as 0; an int8 x is
+    taken as rounded so. int8_y: y is int8, rounded by y_scale.
 
     A new layer starts as nn.Linear does, pruned by magnitude, in canonical form: `values` can be trained, the pattern
     is fixed, and the product runs dense. `pack()` makes it sparse and fast; gradients then reach x and bias only. On
@@ -52,13 +53,14 @@ class SparseLinear(SparseModule):
         weight_dtype: torch.dtype | None = None,
         weight_only: bool = False,
         x_rounding: str = "token",
+        int8_y: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self._create(bias, pattern, activation, weight_dtype, weight_only, x_rounding, device, dtype)
+        self._create(bias, pattern, activation, weight_dtype, weight_only, x_rounding, int8_y, device, dtype)
 
     @classmethod
     def from_dense(
@@ -158,21 +160,19 @@ class SparseLinear(SparseModule):
     def _static_forward(self, x: Tensor, packed: Tensor, x_scale: Tensor) -> Tensor:
         if self._wants_gradient(x):
             return self._dense_forward(x)
-        cast = autocast_dtype(x.device.type)
-        x = x if cast is None else x.to(cast)
-        with torch.autocast(x.device.type, enabled=False):
-            return ops.linear(
-                ops.quantize(x, x_scale),
-                packed,
-                self._parameters["bias"],
-                self._buffers["scales"],
-                out_features=self.out_features,
-                in_features=self.in_features,
-                dtype=self.weight_dtype,
-                activation=self.activation,
-                x_scales=x_scale,
-                out_dtype=x.dtype,
-            )
+        return ops.linear(
+            self._rounded_x(x),
+            packed,
+            self._parameters["bias"],
+            self._buffers["scales"],
+            out_features=self.out_features,
+            in_features=self.in_features,
+            dtype=self.weight_dtype,
+            activation=self.activation,
+            x_scales=x_scale,
+            y_scale=self._buffers["y_scale"],
+            out_dtype=self._y_dtype(x),
+        )
 
     def _why_dense(self, x: Tensor) -> str:
         """Why forward(x) multiplies by the decompressed weight; "" where it runs a sparse kernel."""
@@ -198,19 +198,19 @@ class SparseLinear(SparseModule):
         self._check_dtype(x)
         if self.scales is None:
             return ops.ACTIVATIONS[self.activation](F.linear(x, self._dense_weight(), self.bias))
-        cast = autocast_dtype(x.device.type)
+        dtype, cast = self._y_dtype(x), autocast_dtype(x.device.type)
         if cast is None:
-            return self._dense_integer(x)
+            return self._dense_integer(x, dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return self._dense_integer(x.to(cast))
+            return self._dense_integer(x if x.dtype is torch.int8 else x.to(cast), dtype)
 
-    def _dense_integer(self, x: Tensor) -> Tensor:
+    def _dense_integer(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if self.weight_only:
             bias = None if self.bias is None else self.bias.float()
             y = F.linear(x.float(), self._dense_weight(), bias)
         else:
             y = linear(round_x(x, self.x_scale), self._rounded_weight(), self.bias)
-        return ops.ACTIVATIONS[self.activation](y).to(x.dtype)
+        return self._dense_y(y, dtype)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -78,7 +78,9 @@ def round_by(x: Tensor, scale: Tensor, levels: int = 127) -> Rounded:
 
 
 def round_x(x: Tensor, scale: Tensor | None) -> Rounded:
-    """Activations [..., K]: by the scale of the tensor, or without one row by row."""
+    """Activations [..., K]: by the scale of the tensor, or without one row by row. int8 is rounded by it already."""
+    if scale is not None and x.dtype is torch.int8:
+        return Rounded(x, scale, x * scale)
     return round_rows(x) if scale is None else round_by(x, scale)
 
 

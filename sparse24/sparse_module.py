@@ -20,8 +20,8 @@ FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]
 FLOAT32_ON_CUDA = "float32 has no sparse kernel on CUDA; half() or bfloat16() makes the layer sparse there"
 WANTS_GRADIENT = "x or bias wants a gradient, which there is for x_rounding 'tensor' in the dense product alone"
-_SCALES = ("scales", "x_scale")
-_X_SCALE = "x_scale must be one positive finite number; got {}"
+_SCALES = ("scales", "x_scale", "y_scale")
+_ONE_SCALE = "{} must be one positive finite number; got {}"
 _PACKED = "a packed {} has no {}: call unpack() first, or use state_dict() and load_state_dict()"
 
 
@@ -32,6 +32,7 @@ class SparseModule(nn.Module):
     bias:         [outputs], `dtype`, or None.
     scales:       [outputs] float32, one per output of an integer weight, else None. Stays float32 through .half().
     x_scale:      [] float32, where x_rounding is "tensor": x is rounded to int8 by it. Else None.
+    y_scale:      [] float32, where int8_y: y is int8, rounded by it (chaining.py). Else None.
     packed:       one uint8 tensor in the order of the kernels of its device. Packed layers only.
     """
 
@@ -40,6 +41,7 @@ class SparseModule(nn.Module):
     bias: nn.Parameter | None
     scales: Tensor | None
     x_scale: Tensor | None
+    y_scale: Tensor | None
     packed: Tensor | None
 
     def _create(
@@ -50,6 +52,7 @@ class SparseModule(nn.Module):
         weight_dtype: torch.dtype | None,
         weight_only: bool,
         x_rounding: str,
+        int8_y: bool,
         device: torch.device | str | int | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -66,12 +69,15 @@ class SparseModule(nn.Module):
         if weight_only and not integer:
             raise RuntimeError(f"weight_only is for a weight_dtype of torch.int8 or torch.int4; got {weight_dtype}")
         _check_x_rounding(x_rounding, integer and not weight_only)
+        if int8_y and x_rounding != "tensor":
+            raise RuntimeError("int8_y is for x_rounding 'tensor'")
         self.pattern = pattern
         self.activation = activation
         self.dtype = dtype
         self.weight_dtype = weight_dtype
         self.weight_only = weight_only
         self.x_rounding = x_rounding
+        self.int8_y = int8_y
         self._frozen = False  # pack() was called: hold the packed form wherever the device has one
 
         shapes = self._shapes()
@@ -84,8 +90,8 @@ class SparseModule(nn.Module):
         self.register_parameter("bias", bias_vector)
         scales = torch.empty(outputs, dtype=torch.float32, device=device) if integer else None
         self.register_buffer("scales", scales)
-        by_tensor = x_rounding == "tensor"
-        self.register_buffer("x_scale", torch.empty((), dtype=torch.float32, device=device) if by_tensor else None)
+        for name, given in (("x_scale", x_rounding == "tensor"), ("y_scale", int8_y)):
+            self.register_buffer(name, torch.empty((), dtype=torch.float32, device=device) if given else None)
         self.register_buffer("packed", None, persistent=False)
         if not values.is_meta:
             self.reset_parameters()
@@ -136,10 +142,10 @@ class SparseModule(nn.Module):
         groups = -(-self._features() // (8 if self.weight_dtype is INT4 else 4))
         rows, outputs = self._rows(), self._weight_shape()[:1]
         shapes = {"values": (*rows, 2 * groups), "meta": (*rows, -(-groups // 2)), "bias": outputs, "scales": outputs}
-        return shapes | {"x_scale": ()}
+        return shapes | {"x_scale": (), "y_scale": ()}
 
     def reset_parameters(self) -> None:
-        """Start afresh: weight and bias as of a new dense layer, pruned by magnitude (and rounded; x_scale 1)."""
+        """Start afresh: weight and bias as of a new dense layer, pruned by magnitude (and rounded), other scales 1."""
         dense = self._new_dense()
         matrix = self._as_matrix(dense.get_parameter("weight").detach())
         matrix = torch.where(ops.prune_mask(matrix, self.pattern), matrix, 0)
@@ -178,6 +184,8 @@ class SparseModule(nn.Module):
                 q = quantize_by(rows, scale, levels)
             _check_finite(scale, self.weight_dtype)
             weight, state["scales"] = q.to(torch.int8).view(weight.shape), scale.squeeze(-1)
+        if self.y_scale is not None:
+            state["y_scale"] = torch.ones(())
         if self.x_rounding == "tensor":
             state["x_scale"] = torch.as_tensor(x_scale, dtype=torch.float32).detach().cpu().clone()
         matrix = self._as_matrix(weight).contiguous()
@@ -315,6 +323,7 @@ class SparseModule(nn.Module):
         weight = "" if self.weight_dtype is self.dtype else f", weight_dtype={self.weight_dtype}"
         weight += ", weight_only=True" if self.weight_only else ""
         weight += ", x_rounding=tensor" if self.x_rounding == "tensor" else ""
+        weight += ", int8_y=True" if self.int8_y else ""
         activation = "" if self.activation == "none" else f", activation={self.activation}"
         return f"pattern={self.pattern}, dtype={self.dtype}{weight}{activation}, packed={self.packed is not None}"
 
@@ -322,7 +331,31 @@ class SparseModule(nn.Module):
         bias = self._parameters["bias"]
         return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
+    def _rounded_x(self, x: Tensor) -> Tensor:
+        """x in int8: as another layer hands it on, or rounded by x_scale."""
+        if x.dtype is torch.int8 or self.x_scale is None:
+            return x
+        cast = autocast_dtype(x.device.type)
+        return ops.quantize(x if cast is None else x.to(cast), self.x_scale)
+
+    def _y_dtype(self, x: Tensor) -> torch.dtype:
+        if self.int8_y:
+            return torch.int8
+        cast = autocast_dtype(x.device.type)
+        return cast or (self.dtype if x.dtype is torch.int8 else x.dtype)
+
+    def _dense_y(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """The float32 y of a dense product, finished: activated, and in `dtype` of _y_dtype()."""
+        y = ops.ACTIVATIONS[self.activation](y)
+        if self.y_scale is None:
+            return y.to(dtype)
+        if y.requires_grad:
+            raise RuntimeError("a layer that hands on int8 has no gradient: call it under torch.no_grad()")
+        return quantize_by(y, self.y_scale).to(torch.int8)
+
     def _check_dtype(self, x: Tensor) -> None:
+        if x.dtype is torch.int8 and self.x_rounding == "tensor":
+            return
         if x.dtype is not self.dtype and autocast_dtype(x.device.type) is None:
             raise RuntimeError(f"x must be {self.dtype}, the dtype of this layer, outside autocast; got {x.dtype}")
 
@@ -343,7 +376,7 @@ class SparseModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         _check_float(probe.dtype)
-        scales = (id(self.scales), id(self.x_scale))
+        scales = [id(self._buffers[name]) for name in _SCALES]
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -433,6 +466,7 @@ class SparseModule(nn.Module):
             "bias": dtype,
             "scales": torch.float32,
             "x_scale": torch.float32,
+            "y_scale": torch.float32,
         }
         sound = True
         for name, tensor in incoming.items():
@@ -444,8 +478,8 @@ class SparseModule(nn.Module):
             elif name == "scales" and not tensor.is_meta and not tensor.isfinite().all():
                 row = int(tensor.isfinite().logical_not().nonzero()[0])
                 yield f"scales must be finite; got {tensor[row].item()} in row {row}"
-            elif name == "x_scale" and not tensor.is_meta and not 0 < tensor.item() < float("inf"):
-                yield _X_SCALE.format(tensor.item())
+            elif name in ("x_scale", "y_scale") and not tensor.is_meta and not 0 < tensor.item() < float("inf"):
+                yield _ONE_SCALE.format(name, tensor.item())
             else:
                 continue
             sound = False
@@ -544,7 +578,7 @@ def _check_x_rounding(x_rounding: str, integer_x: bool) -> None:
 
 def _check_x_scale(x_scale: Tensor) -> None:
     if x_scale.shape != () or not 0 < x_scale.item() < float("inf"):
-        raise RuntimeError(_X_SCALE.format(x_scale.tolist()))
+        raise RuntimeError(_ONE_SCALE.format("x_scale", x_scale.tolist()))
 
 
 def _check_finite(scale: Tensor, dtype: torch.dtype) -> None:
