@@ -44,10 +44,10 @@ def chain(model: nn.Module, example_inputs: Any) -> Report[Outcome]:
     Of layers that quantize(activations="max" or "percentile") gave a scale: one whose output reaches nothing but such
     layers, of one and the same scale, through relu, max-pooling, reshapes and the like, rounds it for them. A module
     right after it that does nothing but gelu, silu or relu, and that nothing else uses, becomes part of it, and
-    nn.Identity takes its place. What comes out is what came before, to the bit, but for this: GELU and SiLU are then the
-    kernels' own, and half precision loses a rounding on the way, either of which may move a number that lies between
-    two whole ones by one step; and a NaN is 0 from the rounding on. Layers that hand on int8 have no gradient: their
-    biases are frozen, and what would want one through them raises.
+    nn.Identity takes its place. What comes out is what came before, to the bit, but for this: GELU and SiLU are then
+    the kernels' own, and half precision loses a rounding on the way, either of which may move a number that lies
+    between two whole ones by one step; and a NaN is 0 from the rounding on. Layers that hand on int8 have no gradient:
+    their biases are frozen, and what would want one through them raises.
     example_inputs: what the model is called with, as for report(). The model is exported with them.
     Returns one row for each layer with a scale: "int8" and where to, or "float" and what is in the way. Raises what
     torch.export raises for a model that it cannot follow.
@@ -61,9 +61,11 @@ def chain(model: nn.Module, example_inputs: Any) -> Report[Outcome]:
     rows = []
     identities: dict[int, nn.Module] = {}
     for name, layer in layers.items():
-        way = ways.get(name, _Way(obstacles=["the example inputs do not reach it"]))
+        way = ways.get(name, _Way(obstacles=["it is not packed, or the example inputs do not reach it"]))
         scales = {float(x_scale) for reader in way.readers if (x_scale := layers[reader].x_scale) is not None}
         reasons = list(dict.fromkeys(way.obstacles))
+        if not reasons and not scales:
+            reasons.append("nothing becomes of its output")
         if len(scales) > 1:
             reasons.append(f"{', '.join(dict.fromkeys(way.readers))} round by different scales")
         if not reasons:
@@ -99,8 +101,8 @@ def _ways(model: nn.Module, layers: Mapping[str, SparseModule], example_inputs: 
     own: dict[int, int] = {}  # how many operators a module calls itself, under all its names
     for node in graph.nodes:
         if node.op == "call_function":
-            module = id(model.get_submodule(_owner(node)))
-            own[module] = own.get(module, 0) + 1
+            caller = id(model.get_submodule(_owner(node)))
+            own[caller] = own.get(caller, 0) + 1
     ways: dict[str, _Way] = {}
     for node in graph.nodes:
         owner = _owner(node)

@@ -252,6 +252,27 @@ def test_an_activation_under_two_names_stays():
     assert {outcome for outcome, _ in found.values()} == {"float"} and model[1] is shared
 
 
+def test_what_is_not_run_is_left_alone():
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Linear(16, 16) for _ in range(4))
+            self.whole = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.whole:
+                x = x + self.c(x)
+            self.d(x)
+            return self.b(self.a(x))
+
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    model = converted(Half(), x)
+    model.whole = False
+    found = outcomes(sparse24.chain(model, x))
+    assert found["c"] == ("float", "it is not packed, or the example inputs do not reach it")
+    assert found["d"][0] == "float" and found["a"] == ("int8", "to b")
+
+
 def test_state_and_compilation(tmp_path: Path):
     model, x = converted(Net(nn.ReLU()), images()), images(seed=2)
     sparse24.chain(model, x)
