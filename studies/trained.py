@@ -158,7 +158,7 @@ MODELS = {
         "dB",
         restoration.load_model,
         is_narrow,
-        lambda: list(restoration.downscale(crops(0, 2 * restoration.PATCH, 8)).split(4)),
+        lambda: [restoration.downscale(crops(0, 2 * restoration.PATCH, 2))],  # gone through once for each of 72 layers
         restoration.imitation,
         restoration.RECIPE,
         restoration_quality,
@@ -200,7 +200,9 @@ def job(model: str, method: str) -> dict[str, Any]:
     sparse24.train_sparse(student)
     name = f"study-{model}-{method}".replace("/", " ").replace(" ", "-")
     with Progress(disable=True) as progress:
-        distil(name, student, study.imitation(student, teacher), study.recipe, math.inf, progress)
+        done = distil(name, student, study.imitation(student, teacher), study.recipe, math.inf, progress)
+    if done.steps < done.planned:
+        raise KeyboardInterrupt  # distil() keeps what was learnt, and returns
     with torch.no_grad():
         found["distilled"] = study.quality(converted(student))
     return found

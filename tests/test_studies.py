@@ -25,7 +25,7 @@ def write(folder: Path, part: str, images: np.ndarray, labels: np.ndarray) -> No
 def folder(tmp_path: Path) -> Path:
     """A data set whose classes are told apart by where a bright square is."""
     random = np.random.default_rng(0)
-    for part, count in (("train", 640), ("t10k", 1000)):
+    for part, count in (("train", 320), ("t10k", 1000)):
         labels = random.integers(0, 10, count).astype(np.uint8)
         images = random.integers(0, 40, (count, 28, 28)).astype(np.uint8)
         for image, label in zip(images, labels, strict=True):
@@ -50,7 +50,8 @@ def test_missing_data_says_how_to_get_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", fashion.MODELS)
 def test_every_way_trains_and_converts(model: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fashion, "EPOCHS", 6)
+    monkeypatch.setattr(fashion, "EPOCHS", 4)
+    monkeypatch.setattr(fashion, "BATCH", 32)
     threads = torch.get_num_threads()
     found = fashion.job(folder, model, 0)
     torch.set_num_threads(threads)
@@ -61,6 +62,7 @@ def test_every_way_trains_and_converts(model: str, folder: Path, monkeypatch: py
 
 def test_ways_are_what_they_say(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fashion, "EPOCHS", 1)
+    monkeypatch.setattr(fashion, "BATCH", 32)
     data = fashion.Data(folder)
     torch.manual_seed(0)
     dense, start = fashion.Vit(), fashion.Vit()
