@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import sparse24
 from benchmarks.measure import Spread
-from demo.distillation import Distilled, Recipe, converted, distil
+from demo.distillation import Recipe, converted, distil
 from demo.needs import package_file
 from demo.photographs import HELD_OUT, TRAINING, centre, photograph, training_crop
 from demo.results import Row, Section
@@ -73,8 +73,8 @@ def _to_8_bits(image: Tensor) -> Tensor:
     return (image.clamp(0, 1) * 255).round() / 255
 
 
-def _distil(student: nn.Module, teacher: nn.Module, limit_s: float, progress: Progress) -> Distilled:
-    """The student's picture comes close to the teacher's, pixel by pixel, on patches of the training photographs."""
+def imitation(student: nn.Module, teacher: nn.Module) -> Callable[[int], Tensor]:
+    """The loss of a step: the student's picture comes close to the teacher's, on patches of training photographs."""
 
     def loss(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(step)
@@ -83,7 +83,7 @@ def _distil(student: nn.Module, teacher: nn.Module, limit_s: float, progress: Pr
             target = teacher(patches)
         return F.l1_loss(student(patches), target)
 
-    return distil("restoration", student, loss, RECIPE, limit_s, progress)
+    return loss
 
 
 def run(limit_s: float, progress: Progress) -> tuple[Section, dict[str, Tensor]]:
@@ -94,7 +94,7 @@ def run(limit_s: float, progress: Progress) -> tuple[Section, dict[str, Tensor]]
     layers = sum(row.outcome == "pruned" for row in pruned.rows)
     models: dict[str, Callable[[Tensor], Tensor]] = {"bicubic": upscale, "dense float32": teacher}
     models["2:4 float32, one-shot"] = converted(student)
-    distilled = _distil(student, teacher, limit_s, progress)
+    distilled = distil("restoration", student, imitation(student, teacher), RECIPE, limit_s, progress)
     models["2:4 float32, distilled"] = converted(student)
     models["2:4 int8, distilled"] = converted(student, int8=True)
 

@@ -8,7 +8,7 @@ hidden state) to the dense float32 ones, the mean over the 257 tokens.
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +26,7 @@ from transformers import Dinov2Config, Dinov2Model
 import sparse24
 from benchmarks.cpu.rivals import PrepackedLinear, dynamic_int8, int8_engines, prepacked
 from benchmarks.measure import Spread, medians, ratio, turns
-from demo.distillation import Distilled, Recipe, converted, distil
+from demo.distillation import Recipe, converted, distil
 from demo.needs import package_file
 from demo.photographs import HELD_OUT, centre, photograph, training_crop
 from demo.results import BATCHES, Row, Section
@@ -117,8 +117,8 @@ def difference_to_onnxruntime(model: nn.Module) -> float:
 # ---- Distillation ----------------------------------------------------------------------------------------------------
 
 
-def _distil(student: nn.Module, teacher: nn.Module, limit_s: float, progress: Progress) -> Distilled:
-    """Each block of the student learns to change the teacher's hidden state as the teacher's own block does.
+def imitation(student: nn.Module, teacher: nn.Module) -> Callable[[int], Tensor]:
+    """The loss of a step: each block of the student changes the teacher's hidden state as the teacher's own block does.
 
     Twelve small regressions at once, with no gradient through the depth: in tens of steps this comes much closer than
     comparing the features at the end.
@@ -132,7 +132,7 @@ def _distil(student: nn.Module, teacher: nn.Module, limit_s: float, progress: Pr
         changes = zip(student.encoder.layer, states[:-1], states[1:], strict=True)
         return torch.stack([_relative_error(block(old) - old, new - old) for block, old, new in changes]).mean()
 
-    return distil("vision", student, loss, RECIPE, limit_s, progress)
+    return loss
 
 
 def _relative_error(found: Tensor, wanted: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ def run(limit_s: float, with_compile: bool, folder: Path, progress: Progress) ->
     pruned = sparse24.prune(student, skip=lambda _, layer: isinstance(layer, nn.Conv2d))
     layers = sum(row.outcome == "pruned" for row in pruned.rows)
     one_shot = Contender("2:4 float32, one-shot", "float32", True, converted(student))
-    distilled = _distil(student, teacher, limit_s, progress)
+    distilled = distil("vision", student, imitation(student, teacher), RECIPE, limit_s, progress)
 
     timed = list(contenders(teacher, student))
     sizes = {one.name: resident_bytes(one.model) for one in [*timed, one_shot]}  # torch.compile hides what it holds

@@ -1,0 +1,111 @@
+"""studies: the pieces of the studies on small data: readers, ways, intervals, tables; models against their packages."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import sparse24
+from benchmarks import measure
+from studies import fashion, trained
+
+
+def write(folder: Path, part: str, images: np.ndarray, labels: np.ndarray) -> None:
+    header = np.array([0x00000803, len(images), 28, 28], ">i4").tobytes()
+    (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + images.tobytes()))
+    header = np.array([0x00000801, len(labels)], ">i4").tobytes()
+    (folder / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(header + labels.tobytes()))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A data set whose classes are told apart by where a bright square is."""
+    random = np.random.default_rng(0)
+    for part, count in (("train", 320), ("t10k", 1000)):
+        labels = random.integers(0, 10, count).astype(np.uint8)
+        images = random.integers(0, 40, (count, 28, 28)).astype(np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            row, column = divmod(int(label), 4)
+            image[8 * row : 8 * row + 6, 7 * column : 7 * column + 6] = 255
+        write(tmp_path, part, images, labels)
+    return tmp_path
+
+
+def test_images_and_labels_are_read(folder: Path) -> None:
+    x, y = fashion.read(folder, "t10k")
+    assert x.shape == (1000, 1, 28, 28) and y.shape == (1000,) and y.dtype == torch.int64
+    row, column = divmod(int(y[7]), 4)
+    bright = x[7, 0] == (1 - 0.2860) / 0.3530
+    assert bright[8 * row : 8 * row + 6, 7 * column : 7 * column + 6].all() and bright.sum() == 36
+
+
+def test_missing_data_says_how_to_get_it(tmp_path: Path) -> None:
+    with pytest.raises(fashion.Missing, match="apt-get install dataset-fashion-mnist"):
+        fashion.read(tmp_path, "train")
+
+
+@pytest.mark.parametrize("model", fashion.MODELS)
+def test_every_way_trains_and_converts(model: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fashion, "EPOCHS", 4)
+    monkeypatch.setattr(fashion, "BATCH", 32)
+    threads = torch.get_num_threads()
+    found = fashion.job(folder, model, 0)
+    torch.set_num_threads(threads)
+    assert len(found) == 9 and found["dense"] > 30  # of ten classes
+    assert found == fashion.job(folder, model, 0)  # the seed decides
+    torch.set_num_threads(threads)
+
+
+def test_ways_are_what_they_say(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fashion, "EPOCHS", 1)
+    monkeypatch.setattr(fashion, "BATCH", 32)
+    data = fashion.Data(folder)
+    torch.manual_seed(0)
+    dense, start = fashion.Vit(), fashion.Vit()
+    verdicts = {}
+    for name, model in fashion.ways(dense, start, data, 0):
+        verdicts[name] = {row.verdict for row in sparse24.check_masks(model).rows}
+    assert verdicts.pop("dense") == verdicts.pop("dense, trained again") == {"dense"}
+    assert all("runs sparse" in found for found in verdicts.values())
+
+
+def test_the_interval_is_student_s() -> None:
+    # Of 1, 2, 3, 4, 5: deviation sqrt(2.5), t(4) = 2.776.
+    mean, half = fashion.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3 and half == pytest.approx(2.776 * (2.5 / 5) ** 0.5)
+
+
+def test_a_mosaic_keeps_one_colour_of_each_pixel() -> None:
+    image = torch.rand(2, 3, 8, 8) + 1
+    mosaic = trained.mosaic_of(image)
+    assert ((mosaic != 0).sum(1) == 1).all() and (mosaic[mosaic != 0] == image[mosaic != 0]).all()
+    assert [(mosaic[:, c] != 0).float().mean().item() for c in range(3)] == [0.25, 0.5, 0.25]
+
+
+def bilinear(mosaic: Tensor) -> Tensor:
+    """Each colour of a pixel as the mean of its neighbours that have it."""
+    kernel = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]).expand(3, 1, 3, 3)
+    seen = (mosaic != 0).float()
+    sums, weights = (torch.nn.functional.conv2d(one, kernel, padding=1, groups=3) for one in (mosaic, seen))
+    return torch.where(mosaic != 0, mosaic, sums / weights.clamp(min=1e-6))
+
+
+@torch.no_grad()
+def test_demosaicnet_is_the_trained_network() -> None:
+    model = trained.demosaicnet()
+    quality = trained.demosaic_quality(model)
+    interpolated = trained.demosaic_quality(lambda mosaic: bilinear(mosaic)[..., 32:-32, 32:-32])  # type: ignore[arg-type]
+    assert quality[0] == pytest.approx(38.6, abs=1.0)  # astronaut
+    assert all(one > other + 3 for one, other in zip(quality, interpolated, strict=True))
+
+
+@pytest.mark.parametrize("study", ["fashion", "trained"])
+def test_the_document_has_the_committed_table(study: str) -> None:
+    found = json.loads((measure.RESULTS / f"study-{study}.json").read_text())["results"]
+    table = (fashion if study == "fashion" else trained).markdown(found)
+    assert table in (measure.ROOT / "docs" / "training.md").read_text()
+    assert (measure.RESULTS / f"study-{study}.png").stat().st_size < 300_000
