@@ -2,6 +2,7 @@
 
 import copy
 import json
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparse24
-from sparse24 import ops
+from sparse24 import observers, ops, rounding
 from sparse24.conv import pad, split_padding
 from sparse24.observers import BINS, MaxObserver, PercentileObserver
 from sparse24.quantization import FakeQuantize, fake_quantization
@@ -706,3 +707,110 @@ def test_nothing_of_ours_is_left_behind():
     assert not any(isinstance(module, FakeQuantize) for module in model.modules())
     q, scale = quantize_rows(torch.ones(1, 3))
     assert q.tolist() == [[127.0] * 3] and float(scale) == pytest.approx(1 / 127)
+
+
+# ---- Planted bugs ----------------------------------------------------------------------------------------------------
+
+
+def check_products(module: Any) -> None:
+    """The largest sums there are, odd, beyond what float32 holds; of a linear layer and of a convolution."""
+    x, w = torch.full((2, 2501), 127.0), torch.full((3, 2501), 127.0)
+    w[:, 0], w[1, 1:] = 126, -127
+    exact = (x.double() @ w.double().T).float()
+    assert exact.abs().max() > 2**25
+    one, other = (module.Rounded(t.char(), torch.ones(len(t), 1), t) for t in (x, w))
+    assert torch.equal(module.linear(one, other, None), exact)
+    images = module.Rounded(one.q.view(2, 2501, 1, 1), torch.ones(2, 1, 1, 1), one.value.view(2, 2501, 1, 1))
+    kernel = module.Rounded(other.q.view(3, 2501, 1, 1), torch.ones(3, 1, 1, 1), other.value.view(3, 2501, 1, 1))
+    y = module.conv2d(images, kernel, None, stride=1, padding=0, dilation=1, groups=1)
+    assert torch.equal(y.flatten(1), exact)
+
+
+def check_rounding(module: Any) -> None:
+    x = torch.tensor([[0.5, 1.5, -2.5, 126.6, 200.0, float("nan"), -float("inf")], [0.0] * 7])
+    assert module.quantize_by(x, torch.tensor(1.0))[0].tolist() == [0, 2, -2, 127, 127, 0, -127]
+    rounded = module.round_rows(x)
+    assert rounded.scale[0].isnan() and rounded.scale[1] == 1 and not rounded.q.any()
+    assert module.round_rows(torch.tensor([[-127.0, 63.4]])).q.tolist() == [[-127, 63]]
+
+
+def check_step(module: Any) -> None:
+    x = torch.tensor([[0.7, 3.0, -1.0]], requires_grad=True)
+    scale = torch.tensor([[0.5]], requires_grad=True)
+    module.round_by(x, scale, 4).value.sum().backward()
+    assert x.grad.tolist() == [[1, 0, 1]]
+    assert float(scale.grad) == pytest.approx((1 - 1.4 + 4) / (3 * 4) ** 0.5)
+
+
+def check_observers(module: Any) -> None:
+    observer = module.PercentileObserver(50.0)
+    for value, count in ((1.0, 60), (3.0, 30), (1000.0, 10)):
+        observer.add(torch.full((count,), value))
+    assert 0.99 < float(observer.scale()) * 127 < 2.1
+    observer.add(torch.full((100,), -3.0))
+    assert 2.99 < float(observer.scale()) * 127 < 4.1
+
+
+MUTANTS: dict[str, tuple[str, Callable[[Any], None], str, str]] = {
+    "sums in one piece": ("rounding", check_products, "EXACT_PRODUCTS = 1024", "EXACT_PRODUCTS = 4096"),
+    "pieces are summed in float32": ("rounding", check_products, ".double().sum(0).float()", ".sum(0)"),
+    "rounded towards zero": (
+        "rounding",
+        check_rounding,
+        "torch.round(x.float() / scale)",
+        "torch.trunc(x.float() / scale)",
+    ),
+    "down to -128": (
+        "rounding",
+        check_rounding,
+        "clamp(-levels, levels).nan_to_num",
+        "clamp(-levels - 1, levels).nan_to_num",
+    ),
+    "NaN stays": ("rounding", check_rounding, ".nan_to_num(0.0)", ".nan_to_num(1.0)"),
+    "zeros have no scale": ("rounding", check_rounding, "torch.where(scale == 0, 1.0, scale)", "scale"),
+    "a row that is not finite looks finite": (
+        "rounding",
+        check_rounding,
+        "torch.where(finite, scale, torch.nan)",
+        "scale.nan_to_num()",
+    ),
+    "what is cut off has a gradient": ("rounding", check_step, "torch.where(inside, grad, 0)", "grad"),
+    "the scale learns from what is in range alone": (
+        "rounding",
+        check_step,
+        "torch.where(inside, q - exact, q)",
+        "torch.where(inside, q - exact, 0)",
+    ),
+    "the gradient of the scale is not divided": ("rounding", check_step, " / (shared * ctx.levels) ** 0.5", ""),
+    "bins are lost as the range grows": (
+        "observers",
+        check_observers,
+        "self.counts.view(-1, 2).sum(1)",
+        "self.counts.view(-1, 2)[:, 0]",
+    ),
+    "the range grows, its bins do not": (
+        "observers",
+        check_observers,
+        "            self.range *= 2\n",
+        "            self.range = amax\n",
+    ),
+    "the sign counts": ("observers", check_observers, "part.abs().float()", "part.float()"),
+    "the bin's lower end": ("observers", check_observers, "(bin_ + 1) / BINS", "bin_ / BINS"),
+}
+
+
+@pytest.mark.parametrize("name", ["", *MUTANTS])
+def test_planted_bug_is_caught(name):
+    files = {"rounding": rounding.__file__, "observers": observers.__file__}
+    where, check, right, wrong = MUTANTS.get(name, ("", None, "", ""))
+    if check is None:
+        for check in (check_products, check_rounding, check_step):
+            check(rounding)
+        check_observers(observers)
+        return
+    source = Path(files[where]).read_text()
+    assert source.count(right) == 1
+    mutant = types.ModuleType("mutant")
+    exec(source.replace(right, wrong), vars(mutant))
+    with pytest.raises(AssertionError):
+        check(mutant)
