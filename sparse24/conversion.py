@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 
 from sparse24.conv import SparseConv2d
 from sparse24.nn import SparseLinear
-from sparse24.pruning import MaskRule, dense_class
+from sparse24.pruning import MaskRule, dense_class, mask_rule
 from sparse24.quantization import FakeQuantize, fake_quantization, remove_hook
 from sparse24.reporting import Outcome, Report, ours_alone, own_parametrizations, parametrizations, product_layers
 from sparse24.sparse_module import SparseModule
@@ -29,16 +29,18 @@ def convert(model: nn.Module) -> Report[Outcome]:
     flow added.
 
     A layer that prune masked keeps that mask's pattern; any other weight is tried as 2:4. Fake-quantised layers become
-    integer layers with the very integers the fake quantisation used. Hooks of others move to the new layer. Layers that
-    nothing sparse can run where they are (float32 on CUDA) hold the compressed weight and run dense (report() says so),
-    until they move to a device or a dtype where they pack.
+    integer layers with the very integers the fake quantisation used; those without a mask stay. Hooks of others move to
+    the new layer. Layers that nothing sparse can run where they are (float32 on CUDA) hold the compressed weight and
+    run dense (report() says so), until they move to a device or a dtype where they pack.
     Returns one row per layer: "converted", or "skipped" with the reason; a skipped layer keeps its (masked) weight.
     """
     rows = []
     replacements: dict[int, nn.Module] = {}
     for found in product_layers(model):
         layer, reason = found.module, found.reason
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+        if fake_quantization(layer) is not None and mask_rule(layer) is None:
+            reason = "it is not pruned: fake quantisation stays"
+        elif isinstance(layer, (nn.Linear, nn.Conv2d)):
             pattern, rounding = _bake(layer)
             if layer is model:
                 reason = f"the model itself cannot be swapped in place: use {_sparse_class(layer).__name__}.from_dense"
@@ -81,8 +83,8 @@ def _bake(layer: nn.Linear | nn.Conv2d) -> tuple[str, FakeQuantize | None]:
     Not by parametrize.remove_parametrizations: that takes the property `weight` off the class, which a deep copy of the
     layer (a teacher, say) still shares, and writes into the parameter, which another layer may share.
     """
-    rules = own_parametrizations(layer)
-    pattern = next((rule.pattern for rule in rules if isinstance(rule, MaskRule)), "2:4")
+    rules, mask = own_parametrizations(layer), mask_rule(layer)
+    pattern = "2:4" if mask is None else mask.pattern
     rounding = fake_quantization(layer)
     stack = parametrizations(layer)
     if isinstance(stack, parametrize.ParametrizationList) and ours_alone(layer):

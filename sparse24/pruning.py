@@ -187,6 +187,11 @@ def _put(layer: nn.Module, mask: Mask) -> None:
     parametrize.register_parametrization(layer, "weight", mask)
 
 
+def mask_rule(layer: nn.Module) -> MaskRule | None:
+    """The mask that prune() put on the weight of a layer."""
+    return next((rule for rule in own_parametrizations(layer) if isinstance(rule, MaskRule)), None)
+
+
 def dense_class(layer: nn.Module) -> type[nn.Module]:
     """What a parametrised layer was before parametrize, and training with sparse kernels, made a class of its own."""
     base = type(layer).__bases__[0]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparse24.conv import axis_of, integer_conv2d, pad, split_padding
-from sparse24.pruning import Mask, MaskRule, dense_class, reclass
-from sparse24.reporting import Outcome, Report, own_parametrizations, parametrizations, product_layers
+from sparse24.pruning import Mask, MaskRule, dense_class, mask_rule, reclass
+from sparse24.reporting import Found, Outcome, Report, own_parametrizations, parametrizations, product_layers
 from sparse24.rounding import LEVELS, Rounded, linear, quantize_rows, round_by, round_rows, round_x
 from sparse24.sparse_module import INT4, SparseModule, autocast_dtype
 
@@ -135,6 +135,7 @@ def quantize(
     percentile: float = PERCENTILE,
     learn_scales: bool = False,
     reprune: bool = False,
+    unpruned: bool = False,
 ) -> Report[Outcome]:
     """Quantise the sparse layers of `model`, in place: weights per output, activations to int8.
 
@@ -150,14 +151,16 @@ def quantize(
     exceed; what is larger is cut off.
     learn_scales: scales of weights, and of activations that are not rounded by token, are parameters to train, by LSQ.
     reprune: for int4, give a mask of another pattern up for the best of "pair 4:8" by the magnitude of what it keeps.
+    unpruned: layers without a mask get fake quantisation too, to learn with the others or to compare with. Nothing runs
+    them in integers: convert() leaves them as they are.
     Returns one row per layer: "quantized", or "skipped" with the reason.
     Raises RuntimeError for arguments that do not fit each other, and for inputs that are not finite in calibration.
     """
     _check(dtype, weight_only, activations, calibration, percentile, learn_scales, reprune)
     every = list(product_layers(model))
-    reasons = {found.name: _why_not(found.module, found.reason, dtype, reprune, learn_scales) for found in every}
+    reasons = {found.name: _why_not(found, dtype, reprune, learn_scales, unpruned) for found in every}
     layers = {found.name: found.module for found in every if not reasons[found.name]}
-    before = [_reprune(layer) for layer in layers.values() if reprune and not isinstance(layer, SparseModule)]
+    before = [_reprune(layer) for layer in layers.values() if reprune and mask_rule(layer) is not None]
     x_scales: dict[str, Tensor] = {}
     if calibration is not None:
         from sparse24.observers import observe  # here, so that `import sparse24` stays quick
@@ -179,7 +182,7 @@ def quantize(
             reason, detail = _quantize_sparse(layer, dtype, weight_only, x_scale), f"{layer.pattern} {name}"
         elif not reason and isinstance(layer, (nn.Linear, nn.Conv2d)):
             _quantize_dense(layer, dtype, weight_only, x_scale, learn_scales)
-            detail = f"{name} rounding in training"
+            detail = f"{name} rounding in training" + (", dense" if mask_rule(layer) is None else "")
         rows.append(Outcome(found.name, found.shape, "skipped" if reason else "quantized", reason or detail))
     options = ", weights only" if weight_only else "" if activations == "token" else f", activations by {activations}"
     return Report(f"quantize to {name}{options}", rows)
@@ -209,20 +212,21 @@ def _check(
         raise RuntimeError(f"reprune is for torch.int4, which needs another pattern; got {dtype}")
 
 
-def _why_not(layer: nn.Module, reason: str, dtype: torch.dtype, reprune: bool, learn_scales: bool) -> str:
+def _why_not(found: Found, dtype: torch.dtype, reprune: bool, learn_scales: bool, unpruned: bool) -> str:
     """Why quantize() leaves a layer alone, or ""."""
+    layer = found.module
     if isinstance(layer, SparseModule):
         if layer.weight_dtype in LEVELS:
             return f"it is {str(layer.weight_dtype).removeprefix('torch.')} already"
         return "it is converted, and has nothing to learn scales with" if learn_scales else ""
-    if reason:
-        return reason
-    rules = own_parametrizations(layer)
-    if not rules:
-        return "it is not pruned: only sparse layers run in integers"
+    if found.reason:
+        return found.reason
     if fake_quantization(layer) is not None:
         return "it is quantised already"
-    pattern = next((rule.pattern for rule in rules if isinstance(rule, MaskRule)), "2:4")
+    rule = mask_rule(layer)
+    if rule is None:
+        return "" if unpruned else "it is not pruned: only sparse layers run in integers"
+    pattern = rule.pattern
     if (dtype is INT4) == (pattern == "pair 4:8"):
         return ""
     if dtype is not INT4:
@@ -235,7 +239,8 @@ def _reprune(layer: nn.Module) -> tuple[parametrize.ParametrizationList, int, nn
     from sparse24.masks import Columns  # here, so that `import sparse24` stays quick
 
     stack = cast(parametrize.ParametrizationList, parametrizations(layer))
-    place, rule = next((place, rule) for place, rule in enumerate(stack) if isinstance(rule, MaskRule))
+    rule = cast(MaskRule, mask_rule(layer))
+    place = list(stack).index(rule)
     if rule.pattern != "pair 4:8":
         columns, weight = Columns(cast(nn.Linear | nn.Conv2d, layer)), stack.original.detach()
         kept = columns.back(columns.mask(columns.of(rule(weight)), "pair 4:8", False))

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from sparse24 import ops
 from sparse24.masks import Columns, bad_groups
-from sparse24.pruning import Mask, MaskRule, dense_class, masked, reclass
+from sparse24.pruning import Mask, MaskRule, dense_class, mask_rule, masked, reclass
 from sparse24.quantization import fake_quantization
 from sparse24.reporting import Outcome, Report, parametrizations, product_layers
 from sparse24.sparse_module import FLOAT32_ON_CUDA, FLOAT_TYPES, autocast_dtype, device_problem
@@ -180,7 +180,7 @@ def train_sparse(model: nn.Module, mode: str = "fixed", *, decay: float = 2e-4) 
     rows = []
     for found in product_layers(model):
         layer, reason = found.module, found.reason
-        rule = next((rule for rule in parametrizations(layer) if isinstance(rule, MaskRule)), None)
+        rule = mask_rule(layer)
         if rule is None or not isinstance(layer, (nn.Linear, nn.Conv2d)):
             rows.append(Outcome(found.name, found.shape, "skipped", reason or "it is not pruned"))
             continue

@@ -651,6 +651,34 @@ def test_a_mask_that_int4_cannot_run_is_refused_or_chosen_anew():
         assert torch.equal(model[0](x), fake) and model[0].weight_dtype is INT4
 
 
+@every_dtype
+@every_scale
+def test_layers_without_a_mask_learn_the_same_rounding(dtype, activations):
+    model, x = network(), batches()[0]
+    calibration = None if activations == "token" else batches()
+    sparse24.prune(model, PATTERNS[dtype], skip="2")
+    report = sparse24.quantize(model, dtype, activations=activations, calibration=calibration, unpruned=True)
+    name = str(dtype).removeprefix("torch.")
+    details = [row.detail.removeprefix(f"{name} rounding in training") for row in report.rows]
+    assert details == ["", ", dense", ""]
+    rule, layer = fake_quantization(model[2]), model[2]
+    assert (layer.weight != 0).float().mean() > 0.6
+    q, scale = quantize_rows(layer.parametrizations.weight.original.detach(), LEVELS[dtype])
+    assert torch.equal(layer.weight.detach(), q * scale)
+    hidden = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    q_x, x_scale = quantize_rows(hidden)
+    if rule.x_scale is not None:
+        q_x, x_scale = quantize_by(hidden, rule.x_scale), rule.x_scale
+    sums = (q_x.double() @ q.double().T).float()
+    assert torch.equal(layer(hidden).detach(), sums * (x_scale * scale.flatten()) + layer.bias.detach())
+    fake = model(x).detach()
+    report = sparse24.convert(model)
+    assert [row.outcome for row in report.rows] == ["converted", "skipped", "converted"]
+    assert report.rows[1].detail == "it is not pruned: fake quantisation stays" and model[2] is layer
+    with torch.no_grad():
+        assert torch.equal(model(x), fake)
+
+
 def test_training_with_sparse_kernels_gives_way_to_whole_numbers():
     model = network()
     sparse24.prune(model)
