@@ -280,11 +280,11 @@ class SparseConv2d(SparseModule):
             weight_only=self.weight_only,
             x_scales=x_scale,
             y_scale=self._buffers["y_scale"],
-            out_dtype=self._y_dtype(x),
+            out_dtype=None if x_scale is None else self._y_dtype(x),
         )
 
     def _patch_forward(self, images: Tensor) -> Tensor:
-        packed = self._buffers["packed"]
+        packed, x_scale = self._buffers["packed"], self._buffers["x_scale"]
         assert packed is not None
         y = ops.linear(
             patches_of(self._rounded_x(images), self.kernel_size),
@@ -296,9 +296,9 @@ class SparseConv2d(SparseModule):
             dtype=self.weight_dtype,
             activation=self.activation,
             weight_only=self.weight_only,
-            x_scales=self._buffers["x_scale"],
+            x_scales=x_scale,
             y_scale=self._buffers["y_scale"],
-            out_dtype=self._y_dtype(images),
+            out_dtype=None if x_scale is None else self._y_dtype(images),
         ).permute(0, 3, 1, 2)
         return y.contiguous(memory_format=_order(images))
 

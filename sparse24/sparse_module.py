@@ -179,7 +179,7 @@ class SparseModule(nn.Module):
             if scales is None:
                 q, scale = quantize_rows(rows, levels)
             else:
-                scale = scales.detach().cpu().float().view(-1, 1)
+                scale = _checked_scales(scales, len(rows))
                 _check_finite(torch.where(rows.isfinite().all(1, keepdim=True), scale, torch.nan), self.weight_dtype)
                 q = quantize_by(rows, scale, levels)
             _check_finite(scale, self.weight_dtype)
@@ -188,6 +188,7 @@ class SparseModule(nn.Module):
             state["y_scale"] = torch.ones(())
         if self.x_rounding == "tensor":
             state["x_scale"] = torch.as_tensor(x_scale, dtype=torch.float32).detach().cpu().clone()
+            _check_x_scale(state["x_scale"])
         matrix = self._as_matrix(weight).contiguous()
         values, meta = ops.compress(ops.pack_int4(matrix) if self.weight_dtype is INT4 else matrix, self.pattern)
         shapes = self._shapes()
@@ -247,9 +248,9 @@ class SparseModule(nn.Module):
     ) -> Self:
         """Round a float weight to int8 per output, in place (quantize_rows). Returns self.
 
-        weight_only: x will be multiplied as it is. x_scale: by which x will be rounded, rather than each token by its
-        own. Raises RuntimeError, and changes nothing, where an output's weights
-        are not finite, or for int4, whose pairs of columns this weight does not keep.
+        weight_only: x will be multiplied as it is. x_scale: by which x will be rounded, not each token by its own.
+        Raises RuntimeError, and changes nothing, where an output's weights are not finite, or for int4, whose pairs of
+        columns this weight does not keep.
         """
         if dtype is INT4:
             raise RuntimeError(
@@ -579,6 +580,17 @@ def _check_x_rounding(x_rounding: str, integer_x: bool) -> None:
 def _check_x_scale(x_scale: Tensor) -> None:
     if x_scale.shape != () or not 0 < x_scale.item() < float("inf"):
         raise RuntimeError(_ONE_SCALE.format("x_scale", x_scale.tolist()))
+
+
+def _checked_scales(scales: Tensor, outputs: int) -> Tensor:
+    """[outputs, 1] float32, on the CPU."""
+    given = scales.detach().cpu().float()
+    if given.shape != (outputs,) or not ((given > 0) & given.isfinite()).all():
+        what = (
+            list(given.shape) if given.shape != (outputs,) else f"a least of {given.min()}, a largest of {given.max()}"
+        )
+        raise RuntimeError(f"scales must be [{outputs}] positive finite numbers; got {what}")
+    return given.view(-1, 1)
 
 
 def _check_finite(scale: Tensor, dtype: torch.dtype) -> None:

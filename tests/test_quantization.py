@@ -517,6 +517,27 @@ def test_state_that_does_not_fit_is_refused():
         token.load_state_dict(state)
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"scales": torch.ones(3)}, r"scales must be \[8\] positive finite numbers; got \[3\]"),
+        ({"scales": torch.zeros(8)}, r"scales must be \[8\] positive finite numbers; got a least of 0.0"),
+        ({"x_scale": -1.0}, "x_scale must be one positive finite number; got -1.0"),
+        ({"x_scale": torch.ones(2)}, r"x_scale must be one positive finite number; got \[1.0, 1.0\]"),
+        (
+            {"x_scale": 1.0, "weight_only": True},
+            "x_rounding 'tensor' is for an integer weight_dtype without weight_only",
+        ),
+    ],
+)
+def test_scales_that_do_not_fit_are_refused(options, message):
+    dense = nn.Linear(16, 8)
+    with torch.no_grad():
+        dense.weight.copy_(torch.where(ops.prune_mask(dense.weight), dense.weight, 0))
+    with pytest.raises(RuntimeError, match=message):
+        sparse24.SparseLinear.from_dense(dense, weight_dtype=torch.int8, **options)
+
+
 def test_quantising_after_conversion_gives_the_same():
     learnt, shortcut = network(), network()
     for model in (learnt, shortcut):
