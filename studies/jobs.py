@@ -21,7 +21,7 @@ CACHE = measure.ROOT / ".cache" / "studies"
 def kept(name: str, make: Callable[..., Any], *arguments: Any) -> Any:
     """make(*arguments), or what it returned before; of these very sources."""
     sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    path = CACHE / f"{name}-{hashlib.sha256(sources).hexdigest()[:12]}.json"
+    path = CACHE / f"{name.replace('/', '-')}-{hashlib.sha256(sources).hexdigest()[:12]}.json"
     if not path.exists():
         found = make(*arguments)
         path.parent.mkdir(parents=True, exist_ok=True)

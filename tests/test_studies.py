@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,7 @@ from torch import Tensor
 
 import sparse24
 from benchmarks import measure
-from studies import fashion, trained
+from studies import fashion, jobs, trained
 
 
 def write(folder: Path, part: str, images: np.ndarray, labels: np.ndarray) -> None:
@@ -71,6 +74,37 @@ def test_ways_are_what_they_say(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         verdicts[name] = {row.verdict for row in sparse24.check_masks(model).rows}
     assert verdicts.pop("dense") == verdicts.pop("dense, trained again") == {"dense"}
     assert all("runs sparse" in found for found in verdicts.values())
+
+
+def test_parts_are_kept_and_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "CACHE", tmp_path)
+    calls: list[int] = []
+
+    def job(number: int) -> dict[str, int]:
+        if number == 2 and len(calls) == 1:
+            raise KeyboardInterrupt
+        calls.append(number)
+        return {"found": number}
+
+    assert jobs.kept("a/1", job, 1) == {"found": 1}
+    with pytest.raises(KeyboardInterrupt):
+        jobs.kept("a/2", job, 2)
+    assert [jobs.kept(f"a/{i}", job, i) for i in (1, 1)] == [{"found": 1}] * 2 and calls == [1]
+    calls.append(0)
+    assert jobs.kept("a/2", job, 2) == {"found": 2} and len(list(tmp_path.iterdir())) == 2
+
+
+def test_parts_run_in_processes_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = os.environ | {"PYTHONPATH": str(measure.ROOT)}
+    script = (
+        "from pathlib import Path; import os, sys; from studies import jobs\n"
+        "jobs.CACHE = Path(sys.argv[1])\n"
+        "if __name__ == '__main__':\n"
+        "    done = dict(jobs.side_by_side({str(i): (pow, 2, i) for i in range(4)}, 'powers'))\n"
+        "    assert done == {str(i): 2 ** i for i in range(4)}, done\n"
+    )
+    (tmp_path / "run.py").write_text(script)
+    subprocess.run([sys.executable, tmp_path / "run.py", tmp_path / "kept"], check=True, env=environment)
 
 
 def test_the_interval_is_student_s() -> None:
