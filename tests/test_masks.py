@@ -95,7 +95,8 @@ def test_the_kernels_want_whole_tiles() -> None:
             library.ops.transposable_tiles(scores)
 
 
-def test_never_worse_than_the_greedy_tile_of_torch() -> None:
+def test_the_greedy_tile_of_torch_keeps_less() -> None:
+    """Where it keeps eight of sixteen. It may run into a corner with seven, which now and then outweigh any eight."""
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(4)).double()
     greedy = _sparse_semi_structured_tile(weight.abs().clone())
     mask = transposable_mask(weight)
@@ -104,11 +105,10 @@ def test_never_worse_than_the_greedy_tile_of_torch() -> None:
     def by_tile(kept: Tensor) -> Tensor:
         return kept.view(16, 4, 24, 4).sum((1, 3))
 
-    ours, theirs = by_tile(weight.abs() * mask), by_tile(greedy)
-    assert (ours >= theirs - 1e-12).all()
-    assert (
-        ours > theirs + 1e-3
-    ).float().mean() > 0.2  # greed keeps 7 of 16 where it runs into a corner, and not the best 8
+    ours, theirs, count = by_tile(weight.abs() * mask), by_tile(greedy), by_tile((greedy != 0).double())
+    assert (by_tile(mask.double()) == 8).all() and set(count.unique().tolist()) == {7.0, 8.0}
+    assert (ours >= theirs - 1e-12)[count == 8].all()
+    assert (ours > theirs + 1e-3).double().mean() > 0.4 and ours.sum() > 1.01 * theirs.sum()
 
 
 def test_magnitude_is_the_choice_of_torch_s_sparsifier() -> None:
