@@ -7,13 +7,13 @@ the layers pruned before it make; what is kept at a time is of one layer.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse24.calling import arguments_of, evaluating
 from sparse24.masks import Columns, score_mask
 
 DAMPING = 0.01  # of the mean second moment, added to each: SparseGPT's own default
@@ -73,26 +73,13 @@ class Calibration:
             seen.clear()
 
     def call(self, batch: Any) -> None:
-        with torch.no_grad(), _eval(self.model):
-            if isinstance(batch, Mapping):
-                self.model(**batch)
-            else:
-                self.model(*((batch,) if isinstance(batch, Tensor) else batch))
+        arguments, keywords = arguments_of(batch)
+        with evaluating(self.model):
+            self.model(*arguments, **keywords)
 
 
 class _Reached(Exception):
     """All of a layer's inputs of this batch are known."""
-
-
-@contextmanager
-def _eval(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def columns_of_inputs(layer: Layer, columns: Columns, x: Tensor) -> Tensor:

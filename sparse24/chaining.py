@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from sparse24.calling import arguments_of, evaluating
 from sparse24.conversion import replace_modules
 from sparse24.reporting import Outcome, Report
 from sparse24.sparse_module import SparseModule
@@ -83,20 +84,9 @@ def chain(model: nn.Module, example_inputs: Any) -> Report[Outcome]:
 
 def _ways(model: nn.Module, layers: Mapping[str, SparseModule], example_inputs: Any) -> dict[str, _Way]:
     """By layer, where its output goes."""
-    arguments: tuple[Any, ...] = ()
-    keywords: dict[str, Any] = {}
-    if isinstance(example_inputs, Mapping):
-        keywords = dict(example_inputs)
-    else:
-        arguments = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad():
-            graph = torch.export.export(model, arguments, keywords, strict=False).graph
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    arguments, keywords = arguments_of(example_inputs)
+    with evaluating(model):
+        graph = torch.export.export(model, arguments, keywords, strict=False).graph
 
     own: dict[int, int] = {}  # how many operators a module calls itself, under all its names
     for node in graph.nodes:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse24.calling import arguments_of, evaluating
 from sparse24.channel_spaces import Spaces, Walk
 from sparse24.conv import axis_of
 from sparse24.library import ops as _ops
@@ -179,33 +180,22 @@ def permute(
     """
     if any(type(module).__module__.startswith("sparse24.") for module in model.modules()):
         raise RuntimeError("model must not be pruned yet: masks chosen before would not fit the new order")
-    arguments: tuple[Any, ...] = ()
-    keywords: dict[str, Any] = {}
-    if isinstance(example_inputs, Mapping):
-        keywords = dict(example_inputs)
-    else:
-        arguments = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    arguments, keywords = arguments_of(example_inputs)
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad():
-            before = model(*arguments, **keywords)
-            program = torch.export.export(model, arguments, keywords, strict=False)
-            spaces = list(_permutable(model, Walk(program, tensors).spaces, tensors))
-            for space in progress(spaces, "searching orders"):
-                space.order = search(space.scores, escapes=escapes, seed=seed)
-            _reorder(spaces, tensors, [space.order for space in spaces])
-            off = _difference(before, model(*arguments, **keywords))
-            if not off <= tolerance:
-                _reorder(spaces, tensors, [space.order.argsort() for space in spaces])
-                raise RuntimeError(
-                    f"permuting changed the outputs by {off:.3g} of the largest, more than tolerance {tolerance}: "
-                    "the model is as it was"
-                )
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(model):
+        before = model(*arguments, **keywords)
+        program = torch.export.export(model, arguments, keywords, strict=False)
+        spaces = list(_permutable(model, Walk(program, tensors).spaces, tensors))
+        for space in progress(spaces, "searching orders"):
+            space.order = search(space.scores, escapes=escapes, seed=seed)
+        _reorder(spaces, tensors, [space.order for space in spaces])
+        off = _difference(before, model(*arguments, **keywords))
+        if not off <= tolerance:
+            _reorder(spaces, tensors, [space.order.argsort() for space in spaces])
+            raise RuntimeError(
+                f"permuting changed the outputs by {off:.3g} of the largest, more than tolerance {tolerance}: "
+                "the model is as it was"
+            )
     return Report("permute for 2:4", [_permuted(space) for space in spaces])
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparse24 import ops
+from sparse24.calling import arguments_of, evaluating
 from sparse24.conv import SparseConv2d, axis_of
 from sparse24.nn import SparseLinear
 from sparse24.sparse_module import FLOAT_TYPES, INT4, SparseModule, autocast_dtype
@@ -185,19 +186,13 @@ def report(model: nn.Module, example_inputs: Any) -> Report[Cost]:
 
     called = [found.module for found in layers if not isinstance(found.module, nn.MultiheadAttention)]
     handles = [module.register_forward_hook(record, with_kwargs=True) for module in called]
-    modes = [(module, module.training) for module in model.modules()]
+    arguments, keywords = arguments_of(example_inputs)
     try:
-        model.eval()
-        with torch.no_grad():
-            if isinstance(example_inputs, Mapping):
-                model(**example_inputs)
-            else:
-                model(*((example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs))
+        with evaluating(model):
+            model(*arguments, **keywords)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes:
-            module.training = mode
 
     rows = [_cost(found, dict(sorted(seen[id(found.module)].items()))) for found in layers]
     total = _bytes(model)
