@@ -1,4 +1,4 @@
-"""Calling a model on what a user gives for it, a tensor, a tuple of arguments or a mapping of keywords; in eval mode."""
+"""Calling a model on what a user gives for it: a tensor, a tuple of arguments or a mapping of keywords."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
