@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 from sparse24.conv import SparseConv2d
 from sparse24.conversion import convert
+from sparse24.library import cache_folder
 from sparse24.nn import SparseLinear
 from sparse24.ops import compress, decompress, prune_compress, prune_mask, validate
 from sparse24.pruning import prune
 from sparse24.quantization import quantize
 from sparse24.reporting import report
-from sparse24.tuning import default_path, load_tuned, tune
 
 if TYPE_CHECKING:
     from sparse24.chaining import chain
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sparse24.permutation import permute
     from sparse24.retraining import paper_skips, retrain
     from sparse24.training import train_sparse
+    from sparse24.tuning import load_tuned, tune
 
 __version__ = "0.1.0"
 
@@ -52,8 +53,11 @@ __all__ = [
 ]
 
 
-if default_path().exists():  # what tune() kept for this CPU and version
-    load_tuned()
+if cache_folder().is_dir():  # tune() may have kept something for this CPU and version
+    from sparse24.tuning import default_path, load_tuned
+
+    if default_path().exists():
+        load_tuned()
 
 
 _LATER = {  # imported when first used, so that `import sparse24` stays quick
@@ -62,11 +66,13 @@ _LATER = {  # imported when first used, so that `import sparse24` stays quick
     "check_masks": "mask_check",
     "emulate": "emulation",
     "load": "io",
+    "load_tuned": "tuning",
     "paper_skips": "retraining",
     "permute": "permutation",
     "retrain": "retraining",
     "save": "io",
     "train_sparse": "training",
+    "tune": "tuning",
 }
 
 

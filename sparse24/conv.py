@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from sparse24 import ops
 from sparse24.rounding import Rounded, conv2d, linear, round_x
-from sparse24.sparse_module import WANTS_GRADIENT, SparseModule, autocast_dtype
+from sparse24.sparse_module import SparseModule
+from sparse24.support import WANTS_GRADIENT, autocast_dtype
 
 MIN_CHANNELS = 4  # of a group of the convolution: a group of the pattern
 AXES = ("channels", "patch")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -16,6 +17,11 @@ torch.ops.load_library(_LIBRARY)
 ops = torch.ops.sparse24
 if not ops.device_archs():
     warnings.warn("this build of sparse24 has no device code: CUDA tensors are refused", stacklevel=2)
+
+
+def cache_folder() -> Path:
+    """Of this user; tune() keeps there what it measured."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse24"
 
 
 class _Names(dict[torch.dtype, str]):

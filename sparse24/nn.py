@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from sparse24 import ops
 from sparse24.rounding import LEVELS, linear, round_x
-from sparse24.sparse_module import FLOAT32_ON_CUDA, INT4, WANTS_GRADIENT, SparseModule, autocast_dtype
+from sparse24.sparse_module import SparseModule
+from sparse24.support import FLOAT32_ON_CUDA, INT4, WANTS_GRADIENT, autocast_dtype
 
 
 class SparseLinear(SparseModule):

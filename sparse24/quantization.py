@@ -13,7 +13,8 @@ from sparse24.conv import axis_of, integer_conv2d, pad, split_padding
 from sparse24.pruning import Mask, MaskRule, dense_class, mask_rule, reclass
 from sparse24.reporting import Found, Outcome, Report, own_parametrizations, parametrizations, product_layers
 from sparse24.rounding import LEVELS, Rounded, linear, quantize_rows, round_by, round_rows, round_x
-from sparse24.sparse_module import INT4, SparseModule, autocast_dtype
+from sparse24.sparse_module import SparseModule
+from sparse24.support import INT4, autocast_dtype
 
 ACTIVATIONS = ("token", "max", "percentile")
 PERCENTILE = 99.99

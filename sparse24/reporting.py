@@ -14,7 +14,8 @@ from sparse24 import ops
 from sparse24.calling import arguments_of, evaluating
 from sparse24.conv import SparseConv2d, axis_of
 from sparse24.nn import SparseLinear
-from sparse24.sparse_module import FLOAT_TYPES, INT4, SparseModule, autocast_dtype
+from sparse24.sparse_module import SparseModule
+from sparse24.support import FLOAT_TYPES, INT4, autocast_dtype
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Packed form: one uint8 buffer, the same numbers in the order of the kernels of t
 Exactly one of them is resident.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
@@ -14,14 +13,22 @@ from torch import Tensor, nn
 
 from sparse24 import ops
 from sparse24.rounding import LEVELS, Rounded, quantize_by, quantize_rows
+from sparse24.support import (
+    FLOAT_TYPES,
+    INT4,
+    ONE_SCALE,
+    autocast_dtype,
+    check_finite,
+    check_float,
+    check_pattern,
+    check_x_rounding,
+    check_x_scale,
+    checked_scales,
+    device_problem,
+)
 from sparse24.weight import READ_ONLY, SparseWeight, TracedWeight
 
-FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
-INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]
-FLOAT32_ON_CUDA = "float32 has no sparse kernel on CUDA; half() or bfloat16() makes the layer sparse there"
-WANTS_GRADIENT = "x or bias wants a gradient, which there is for x_rounding 'tensor' in the dense product alone"
 _SCALES = ("scales", "x_scale", "y_scale")
-_ONE_SCALE = "{} must be one positive finite number; got {}"
 _PACKED = "a packed {} has no {}: call unpack() first, or use state_dict() and load_state_dict()"
 
 
@@ -61,14 +68,14 @@ class SparseModule(nn.Module):
         weight_dtype = dtype if weight_dtype is None else weight_dtype
         if activation not in ops.ACTIVATIONS:
             raise RuntimeError(f"activation must be one of {', '.join(ops.ACTIVATIONS)}; got {activation!r}")
-        _check_float(dtype)
+        check_float(dtype)
         if weight_dtype not in (dtype, torch.int8, INT4):
             raise RuntimeError(f"weight_dtype must be torch.int8, torch.int4 or dtype ({dtype}); got {weight_dtype}")
         check_pattern(pattern, weight_dtype)
         integer = weight_dtype in LEVELS
         if weight_only and not integer:
             raise RuntimeError(f"weight_only is for a weight_dtype of torch.int8 or torch.int4; got {weight_dtype}")
-        _check_x_rounding(x_rounding, integer and not weight_only)
+        check_x_rounding(x_rounding, integer and not weight_only)
         if int8_y and x_rounding != "tensor":
             raise RuntimeError("int8_y is for x_rounding 'tensor'")
         self.pattern = pattern
@@ -179,16 +186,16 @@ class SparseModule(nn.Module):
             if scales is None:
                 q, scale = quantize_rows(rows, levels)
             else:
-                scale = _checked_scales(scales, len(rows))
-                _check_finite(torch.where(rows.isfinite().all(1, keepdim=True), scale, torch.nan), self.weight_dtype)
+                scale = checked_scales(scales, len(rows))
+                check_finite(torch.where(rows.isfinite().all(1, keepdim=True), scale, torch.nan), self.weight_dtype)
                 q = quantize_by(rows, scale, levels)
-            _check_finite(scale, self.weight_dtype)
+            check_finite(scale, self.weight_dtype)
             weight, state["scales"] = q.to(torch.int8).view(weight.shape), scale.squeeze(-1)
         if self.y_scale is not None:
             state["y_scale"] = torch.ones(())
         if self.x_rounding == "tensor":
             state["x_scale"] = torch.as_tensor(x_scale, dtype=torch.float32).detach().cpu().clone()
-            _check_x_scale(state["x_scale"])
+            check_x_scale(state["x_scale"])
         matrix = self._as_matrix(weight).contiguous()
         values, meta = ops.compress(ops.pack_int4(matrix) if self.weight_dtype is INT4 else matrix, self.pattern)
         shapes = self._shapes()
@@ -261,14 +268,14 @@ class SparseModule(nn.Module):
             raise RuntimeError(f"dtype must be torch.int8; got {dtype}")
         if self.scales is not None:
             return self
-        _check_x_rounding("token" if x_scale is None else "tensor", not weight_only)
+        check_x_rounding("token" if x_scale is None else "tensor", not weight_only)
         given = None if x_scale is None else torch.as_tensor(x_scale, dtype=torch.float32, device=self.device)
         if given is not None and not given.is_meta:
-            _check_x_scale(given)
+            check_x_scale(given)
         values = self._canonical()[0].detach()
         q, scale = quantize_rows(values.float().flatten(1), LEVELS[dtype])
         if not scale.is_meta:
-            _check_finite(scale, dtype)
+            check_finite(scale, dtype)
         self._thaw()
         self._parameters["values"] = nn.Parameter(q.to(torch.int8).view(values.shape), requires_grad=False)
         self.scales = scale.squeeze(-1)
@@ -376,7 +383,7 @@ class SparseModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
-        _check_float(probe.dtype)
+        check_float(probe.dtype)
         scales = [id(self._buffers[name]) for name in _SCALES]
 
         def move(tensor: Tensor) -> Tensor:
@@ -480,7 +487,7 @@ class SparseModule(nn.Module):
                 row = int(tensor.isfinite().logical_not().nonzero()[0])
                 yield f"scales must be finite; got {tensor[row].item()} in row {row}"
             elif name in ("x_scale", "y_scale") and not tensor.is_meta and not 0 < tensor.item() < float("inf"):
-                yield _ONE_SCALE.format(name, tensor.item())
+                yield ONE_SCALE.format(name, tensor.item())
             else:
                 continue
             sound = False
@@ -519,28 +526,6 @@ class SparseModule(nn.Module):
             self._settle()
 
 
-def device_problem(device: torch.device, weight_dtype: torch.dtype) -> str:
-    """Why none of our kernels can run on a device, or ""; the first to meet a reason is warned."""
-    return "" if device.type in ("cpu", "meta") else _accelerator_problem(device, weight_dtype)
-
-
-def _accelerator_problem(device: torch.device, weight_dtype: torch.dtype) -> str:
-    if device.type != "cuda":
-        problem = f"there are no kernels for {device.type}"
-    else:
-        problem = ops.device_problem(device, weight_dtype)
-    if problem and _warned.setdefault((device, problem), token := object()) is token:  # once, in any number of threads
-        warnings.warn(f"sparse24 runs dense on {device}: {problem}", stacklevel=2)
-    return problem
-
-
-# What torch.compiler.assume_constant_result does, which would import torch._dynamo: seconds at every import of ours.
-_accelerator_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-_warned: dict[tuple[torch.device, str], object] = {}
-
-
 def _decompress_by_torch(values: Tensor, meta: Tensor, *, in_features: int, pattern: str) -> Tensor:
     """ops.decompress, by nothing but operators of torch."""
     columns = ops.columns_of(meta, in_features=in_features, pattern=pattern)
@@ -556,64 +541,5 @@ def _whole(tensor: Tensor) -> Tensor:
     return whole.detach()
 
 
-def check_pattern(pattern: str, weight_dtype: torch.dtype) -> None:
-    """Raises RuntimeError unless a layer with weights of this element type can run the pattern."""
-    if weight_dtype is INT4:
-        if pattern != "pair 4:8":
-            raise RuntimeError(f"pattern must be 'pair 4:8' for an int4 weight; got {pattern!r}")
-    elif pattern == "pair 4:8":
-        raise RuntimeError(
-            f"pattern must be '2:4' or '1:2' for a {_name(weight_dtype)} weight; 'pair 4:8' is for int4: "
-            "quantize(dtype=torch.int4) before convert()"
-        )
-    elif pattern not in ("2:4", "1:2"):
-        raise RuntimeError(f"pattern must be '2:4' or '1:2'; got {pattern!r}")
-
-
-def _check_x_rounding(x_rounding: str, integer_x: bool) -> None:
-    if x_rounding not in ("token", "tensor"):
-        raise RuntimeError(f"x_rounding must be 'token' or 'tensor'; got {x_rounding!r}")
-    if x_rounding == "tensor" and not integer_x:
-        raise RuntimeError("x_rounding 'tensor' is for an integer weight_dtype without weight_only: x stays as it is")
-
-
-def _check_x_scale(x_scale: Tensor) -> None:
-    if x_scale.shape != () or not 0 < x_scale.item() < float("inf"):
-        raise RuntimeError(_ONE_SCALE.format("x_scale", x_scale.tolist()))
-
-
-def _checked_scales(scales: Tensor, outputs: int) -> Tensor:
-    """[outputs, 1] float32, on the CPU."""
-    given = scales.detach().cpu().float()
-    if given.shape != (outputs,) or not ((given > 0) & given.isfinite()).all():
-        what = (
-            list(given.shape) if given.shape != (outputs,) else f"a least of {given.min()}, a largest of {given.max()}"
-        )
-        raise RuntimeError(f"scales must be [{outputs}] positive finite numbers; got {what}")
-    return given.view(-1, 1)
-
-
-def _check_finite(scale: Tensor, dtype: torch.dtype) -> None:
-    if not scale.isfinite().all():
-        row = int(scale.isfinite().logical_not().nonzero()[0, 0])
-        raise RuntimeError(f"a weight must be finite to become {_name(dtype)}; row {row} is not")
-
-
 def _storage(weight_dtype: torch.dtype) -> torch.dtype:
     return torch.uint8 if weight_dtype is INT4 else weight_dtype
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """What autocast makes of x on such a device, or None where it is off."""
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
-def _check_float(dtype: torch.dtype) -> None:
-    if dtype not in FLOAT_TYPES:
-        raise RuntimeError(f"dtype must be float32, float16 or bfloat16; got {dtype}")

@@ -22,7 +22,7 @@ from sparse24.masks import Columns, bad_groups
 from sparse24.pruning import Mask, MaskRule, dense_class, mask_rule, masked, reclass
 from sparse24.quantization import fake_quantization
 from sparse24.reporting import Outcome, Report, parametrizations, product_layers
-from sparse24.sparse_module import FLOAT32_ON_CUDA, FLOAT_TYPES, autocast_dtype, device_problem
+from sparse24.support import FLOAT32_ON_CUDA, FLOAT_TYPES, autocast_dtype, device_problem
 
 MODES = ("fixed", "sr-ste", "dense-gradient")
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse24 import ops
+from sparse24.library import cache_folder
 from sparse24.library import ops as _ops
 from sparse24.nn import SparseLinear
 from sparse24.reporting import Report, progress
@@ -63,9 +64,8 @@ def default_path() -> Path:
     """Where tune() keeps what it measured: one file for each model of CPU and version."""
     from sparse24 import __version__
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cpu = re.sub(r"[^A-Za-z0-9]+", "-", _ops.cpu_name()).strip("-").lower()
-    return cache / "sparse24" / f"tuned-{cpu}-{__version__}.json"
+    return cache_folder() / f"tuned-{cpu}-{__version__}.json"
 
 
 def tune(

@@ -19,11 +19,11 @@ from fake_cuda import CUDA, FakeCuda
 from torch import Tensor, nn
 
 import sparse24
-from sparse24 import ops, sparse_module
+from sparse24 import ops, sparse_module, support
 from sparse24.emulation import Emulation, emulate
 from sparse24.nn import SparseLinear
 from sparse24.rounding import quantize_rows
-from sparse24.sparse_module import FLOAT32_ON_CUDA
+from sparse24.support import FLOAT32_ON_CUDA
 
 KINDS: dict[str, dict] = {
     "f32": {},
@@ -75,7 +75,7 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
-    monkeypatch.setattr(sparse_module, "_warned", {})
+    monkeypatch.setattr(support, "_warned", {})
     with torch._C._AutoDispatchBelowAutograd(), torch.no_grad(), FakeCuda(monkeypatch) as fake:
         yield fake
 
