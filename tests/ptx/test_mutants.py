@@ -93,7 +93,7 @@ def test_planted_bug_is_caught(name: str, native_release: Path, tmp_path: Path) 
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *words]
     environment = {**os.environ, "LD_PRELOAD": str(library)}
     try:
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
         return  # it hangs: noticed
     assert done.returncode == 1, (

@@ -207,13 +207,19 @@ bool survives(const std::string& text) {
   }
 }
 
+#ifdef __SANITIZE_ADDRESS__
+constexpr size_t DAMAGED = 2000;  // texts; each takes 30 times as long
+#else
+constexpr size_t DAMAGED = 6000;
+#endif
+
 void test_damaged() {
   test::Random random(24);
   const auto position = [&](const std::string& text) { return static_cast<size_t>(random.below(text.size() + 1)); };
   const auto piece = [&] { return WHOLE.substr(position(WHOLE), static_cast<size_t>(random.below(24))); };
   const std::string marks = "{}()[]<>,;:=+-*/%&|^~!?@_.\"\n0x\\";
   size_t trees = 0, damaged = 0;
-  for (int i = 0; i < 6000; ++i) {
+  for (size_t i = 0; i < DAMAGED; ++i) {
     std::string text = WHOLE;
     for (int64_t n = random.between(1, 3); n > 0; --n) {
       const size_t at = position(text);
@@ -239,7 +245,7 @@ void test_damaged() {
     }
     ++(survives(text) ? trees : damaged);
   }
-  CHECK(trees > 300 && damaged > 3000, trees, " trees, ", damaged, " errors");
+  CHECK(trees > DAMAGED / 20 && damaged > DAMAGED / 2, trees, " trees, ", damaged, " errors");
   for (size_t length = 0; length < WHOLE.size(); ++length) survives(WHOLE.substr(0, length));
 }
 
