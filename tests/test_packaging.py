@@ -1,5 +1,6 @@
 """What the built library is: what it links, which device code it carries, how large it is, how fast it imports."""
 
+import os
 import re
 import subprocess
 import sys
@@ -72,14 +73,18 @@ def test_wheel_is_for_one_python_and_holds_the_libraries(tmp_path: Path) -> None
 
 
 def test_import_is_light() -> None:
-    """At most 60 ms beyond torch; the median of five fresh interpreters."""
+    """At most 60 ms beyond torch, compiled as pip installs it; the median of five fresh interpreters after a first."""
     code = (
         "import time, sys, torch; t = time.perf_counter(); import sparse24; print(time.perf_counter() - t);"
         "late = ('safetensors', 'rich', 'matplotlib', 'transformers', 'typer', 'sparse24.ptx', 'sparse24._ptx');"
         "sys.exit(any(m in sys.modules for m in late))"
     )
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(5)]
-    assert sorted(float(run.stdout) for run in runs)[2] < 0.060
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    command = [sys.executable, "-c", code]
+    _, *runs = [
+        subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout for _ in range(6)
+    ]
+    assert sorted(float(run) for run in runs)[2] < 0.060
 
 
 def test_version_is_told_once() -> None:
