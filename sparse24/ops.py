@@ -318,8 +318,8 @@ def cpu_choice(
 ) -> tuple[str, str]:
     """Which kernels linear() runs on this CPU for a packed weight of element type `dtype`, and why.
 
-    The kernels are "perm", "gather" or "portable"; or "dense": the weight is decompressed, a few megabytes at a time,
-    for torch's own product.
+    The kernels are "perm", "gather", "amx" or "portable"; or "dense": the weight is decompressed, a few megabytes at a
+    time, for torch's own product.
     """
     return _ops.cpu_choice(_NAMES[dtype], weight_only, _NAMES[x_dtype], tokens, out_features, in_features)
 
@@ -391,7 +391,7 @@ def force_linear_kernel(kernel: str, splits: int = 1) -> Iterator[None]:
 
 
 def cpu_isa() -> str:
-    """The instruction set the CPU kernels use: "portable", "avx2", "avx512" or "avx512_bf16"."""
+    """The instruction set the CPU kernels use: "portable", "avx2", "avx512", "avx512_bf16" or "amx"."""
     return _ops.cpu_isa()
 
 

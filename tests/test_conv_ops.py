@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparse24 import ops
 
-ALL_ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
+ALL_ISAS = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
 ISAS = ALL_ISAS[: ALL_ISAS.index(ops.cpu_isa()) + 1]
 INT4: torch.dtype = torch.int4
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]

@@ -7,7 +7,7 @@ from sparse24 import ops
 from sparse24.registration import pack_int4
 
 _ops = torch.ops.sparse24
-ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
+ISAS = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
 SHAPES = [(1, 1, 2), (5, 17, 34), (37, 100, 130), (300, 40, 2500), (3, 16, 4100)]  # M, N, K
 
 

@@ -14,7 +14,7 @@ from sparse24 import ops
 from sparse24.registration import pack_int4, unpack_int4
 from tests.bounds import EXACT, assert_linear
 
-ALL_ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
+ALL_ISAS = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
 ISAS = ALL_ISAS[: ALL_ISAS.index(ops.cpu_isa()) + 1]
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 INTEGERS = [torch.int8, torch.int4]

@@ -15,7 +15,7 @@ from sparse24 import ops
 from sparse24.channel_spaces import Walk
 from sparse24.permutation import kept_magnitude, permute, search
 
-ALL_ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
+ALL_ISAS = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
 ISAS = ALL_ISAS[: ALL_ISAS.index(ops.cpu_isa()) + 1]
 
 # "Accelerating Sparse Deep Neural Networks" (arXiv 2104.08378), Fig. 6

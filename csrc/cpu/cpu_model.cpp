@@ -1,4 +1,4 @@
-// Asks cpuid for the vendor, the model and AMX; on other machines the system's name is the model.
+// Asks cpuid for the vendor and the model; on other machines the system's name is the model.
 #include "csrc/cpu/cpu_model.h"
 
 #include <sys/utsname.h>
@@ -15,13 +15,12 @@ namespace {
 
 struct Model {
   std::string vendor, name;
-  bool amx = false;
 };
 
 Model detect() {
   Model model;
 #if defined(__x86_64__)
-  uint32_t words[12] = {}, highest = 0, ignored = 0;
+  uint32_t words[12] = {}, highest = 0;
   __get_cpuid(0, &highest, &words[0], &words[2], &words[1]);
   model.vendor.assign(reinterpret_cast<const char*>(words), 12);
   bool named = true;
@@ -30,9 +29,6 @@ Model detect() {
     named = named && __get_cpuid(0x80000002 + i, &four[0], &four[1], &four[2], &four[3]) != 0;
   }
   if (named) model.name.assign(reinterpret_cast<const char*>(words), strnlen(reinterpret_cast<char*>(words), 48));
-  uint32_t features = 0;
-  constexpr uint32_t AMX = 1u << 22 | 1u << 24 | 1u << 25;  // leaf 7, EDX: AMX-BF16, AMX-TILE, AMX-INT8
-  model.amx = __get_cpuid_count(7, 0, &ignored, &ignored, &ignored, &features) != 0 && (features & AMX) == AMX;
 #endif
   const size_t first = model.name.find_first_not_of(' '), last = model.name.find_last_not_of(' ');
   model.name = first == std::string::npos ? "" : model.name.substr(first, last - first + 1);
@@ -55,7 +51,7 @@ Cpu this_cpu() {
   static const Vendor vendor = model.vendor == "AuthenticAMD"   ? Vendor::AMD
                                : model.vendor == "GenuineIntel" ? Vendor::INTEL
                                                                 : Vendor::OTHER;
-  return {vendor, active_isa(), model.amx};
+  return {vendor, active_isa()};
 }
 
 const std::string& cpu_name() { return this_model().name; }

@@ -10,8 +10,7 @@ enum class Vendor { AMD, INTEL, OTHER };
 
 struct Cpu {
   Vendor vendor;
-  Isa isa;   // the best that the kernels may use
-  bool amx;  // matrix tiles for int8 and bfloat16, which dense products use
+  Isa isa;  // the best that the kernels may use
 };
 
 Cpu this_cpu();                 // with the active ISA

@@ -3,8 +3,26 @@
 
 #include <atomic>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace sparse24::cpu {
 namespace {
+
+#if defined(__x86_64__)
+// Linux lets a process use the tiles that asks for them (Documentation/arch/x86/xstate.rst).
+bool may_use_amx() {
+  constexpr unsigned TILES = 1u << 22 | 1u << 24 | 1u << 25;  // leaf 7, EDX: AMX-BF16, AMX-TILE, AMX-INT8
+  unsigned ignored = 0, features = 0;
+  if (__get_cpuid_count(7, 0, &ignored, &ignored, &ignored, &features) == 0 || (features & TILES) != TILES)
+    return false;
+  constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+#endif
 
 Isa detect() {
 #if defined(__x86_64__)
@@ -19,7 +37,8 @@ Isa detect() {
         __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni"))) {
     return Isa::AVX2;
   }
-  return __builtin_cpu_supports("avx512bf16") ? Isa::AVX512_BF16 : Isa::AVX512;
+  if (!__builtin_cpu_supports("avx512bf16")) return Isa::AVX512;
+  return may_use_amx() ? Isa::AMX : Isa::AVX512_BF16;
 #elif defined(__aarch64__)
   return Isa::NEON;
 #else
@@ -38,7 +57,7 @@ const char* name_of(Isa isa) {
 #if defined(__aarch64__)
   constexpr const char* NAMES[] = {"portable", "neon"};
 #else
-  constexpr const char* NAMES[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+  constexpr const char* NAMES[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
 #endif
   return NAMES[static_cast<int>(isa)];
 }

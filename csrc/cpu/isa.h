@@ -10,7 +10,8 @@ enum class Isa {
 #else
   AVX2,         // AVX2, FMA, F16C, BMI2
   AVX512,       // F, BW, VL, DQ, VBMI, VBMI2, VNNI (Ice Lake, Zen 4)
-  AVX512_BF16,  // AVX512 and BF16 (Zen 4, Cooper Lake, Sapphire Rapids)
+  AVX512_BF16,  // AVX512 and BF16 (Zen 4, Cooper Lake)
+  AMX,          // AVX512_BF16 and tiles of int8 and bfloat16 (Sapphire Rapids)
 #endif
 };
 

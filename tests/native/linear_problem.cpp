@@ -124,6 +124,7 @@ std::vector<double> Problem::run() const {
                tokens == 0 ? 0 : (tokens - 1) * y_stride + out_features);
   const int64_t first = x_backwards && tokens > 0 ? (tokens - 1) * x_stride * element_bits(x_element) / 8 : 0;
   const auto floats = [](Array& array) { return reinterpret_cast<const float*>(array.data()); };
+  const Preferred preferred(weight, x_element);
   cpu::linear({.x = input.data() + first,
                .x_stride = x_backwards ? -x_stride : x_stride,
                .x_element = x_element,

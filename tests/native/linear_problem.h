@@ -11,6 +11,7 @@
 
 #include "csrc/cpu/isa.h"
 #include "csrc/cpu/linear/linear.h"
+#include "csrc/cpu/linear/linear_choice.h"
 #include "tests/native/check.h"
 
 namespace sparse24::test {
@@ -44,11 +45,30 @@ inline std::string name(Weight weight) {
 }
 inline const char* name(Isa isa) { return cpu::name_of(isa); }
 
+// Whether the tile kernels run what they can, however few the tokens.
+inline bool prefer_amx = false;
+
+// While it lives, products of these types run on the kernels that are preferred.
+struct Preferred {
+  Preferred(Weight weight, Element x_element) {
+    if (!prefer_amx) return;
+    for (const char* kernels : cpu::kernels_of(weight.element, weight.weight_only, x_element)) {
+      if (kernels == std::string("amx")) cpu::force_kernels(kernels);
+    }
+  }
+  ~Preferred() { cpu::force_kernels(""); }
+};
+
+// Runs body with each instruction set; with AMX a second time, preferring its kernels.
 template <class Body>
 void for_each_isa(const Body& body) {
   for (int isa = 0; isa <= static_cast<int>(cpu::best_isa()); ++isa) {
     cpu::force_isa(static_cast<Isa>(isa));
     body();
+    if (name(static_cast<Isa>(isa)) != std::string("amx")) continue;
+    prefer_amx = true;
+    body();
+    prefer_amx = false;
   }
   cpu::force_isa(cpu::best_isa());
 }

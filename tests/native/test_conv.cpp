@@ -145,6 +145,7 @@ struct Case {
     }
     epilogue.out_features = static_cast<int32_t>(outputs), epilogue.tokens = static_cast<int32_t>(tokens);
     call.epilogue = epilogue;
+    const Preferred preferred(weight, x_element);
     cpu::conv2d(call);
 
     for (int64_t token = 0; token < tokens; ++token) {

@@ -156,7 +156,9 @@ void run_by_batches(const Product& product, int64_t blocks, int64_t bytes) {
   const auto memory = allocate_units(batch_rows * row_bytes_and_scale);
   uint8_t* const units = memory.get();
   float* const x_scales = reinterpret_cast<float*>(units + batch_rows * row_bytes);
-  const int64_t chunk_blocks = std::clamp<int64_t>(WEIGHT_CHUNK_BYTES / std::max<int64_t>(bytes, 1), 1, blocks);
+  const int64_t least_blocks = std::min<int64_t>(product.kernels.run_blocks, blocks);
+  const int64_t chunk_blocks =
+      std::clamp<int64_t>(WEIGHT_CHUNK_BYTES / std::max<int64_t>(bytes, 1), least_blocks, blocks);
 
   for (int64_t first_panel = 0; first_panel < panels.count; first_panel += batch_panels) {
     const int64_t last_panel = std::min(first_panel + batch_panels, panels.count), count = last_panel - first_panel;

@@ -246,6 +246,15 @@ SPARSE24_INLINE __m512 float_of_byte(__m512i lanes, int byte) {
   return byte % 2 == 0 ? float_of<ROOM, 8, 0>(low) : float_of<ROOM, 8, 8>(low);
 }
 
+// Bytes `byte` and `byte` + 1 of each lane, the same, as a pair of bfloat16, which are the high halves of the floats.
+template <bool ROOM>
+SPARSE24_INLINE __m512i bf16_of_bytes(__m512i lanes, int byte) {
+  const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(float_of_byte<ROOM>(lanes, byte)), 16);
+  const __m512i high = _mm512_castps_si512(float_of_byte<ROOM>(lanes, byte + 1));
+  const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  return _mm512_ternarylogic_epi32(mask, high, low, 0xCA);  // mask ? high : low
+}
+
 // How a dot product of floats multiplies and sums: one column a lane.
 struct FloatProducts {
   // In assembly, because from intrinsics g++ 12 spills accumulators at 24 rows and more, which costs a quarter.

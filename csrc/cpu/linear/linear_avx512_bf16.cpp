@@ -62,19 +62,9 @@ struct I8Bf16Dot : Bf16Products {
     return Bf16Dot::control<ROOM>(chunk + step / 8 * CODES_BYTES, step % 8);
   }
 
-  // Of the four bytes of a lane the low or the high two, as bfloat16, which are the high halves of the floats.
   template <bool ROOM>
   static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
-    const __m512i four = _mm512_loadu_si512(chunk + 2 * CODES_BYTES + step / 2 * 64);
-    const int byte = step % 2 * 2;
-    return join(float_of_byte<ROOM>(four, byte), float_of_byte<ROOM>(four, byte + 1));
-  }
-
-  // bfloat16 pairs of floats that need no rounding.
-  static SPARSE24_INLINE __m512i join(__m512 low, __m512 high) {
-    const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-    return _mm512_ternarylogic_epi32(mask, _mm512_castps_si512(high), _mm512_srli_epi32(_mm512_castps_si512(low), 16),
-                                     0xCA);  // mask ? high : low
+    return bf16_of_bytes<ROOM>(_mm512_loadu_si512(chunk + 2 * CODES_BYTES + step / 2 * 64), step % 2 * 2);
   }
 };
 

@@ -25,7 +25,7 @@ enum class Machine { ZEN, AVX512, AMX, AVX2, NEON, PORTABLE };
 Machine machine_of(const Cpu& cpu) {
 #if defined(__x86_64__)
   if (cpu.isa >= Isa::AVX512) {
-    return cpu.vendor == Vendor::AMD ? Machine::ZEN : cpu.amx ? Machine::AMX : Machine::AVX512;
+    return cpu.isa == Isa::AMX ? Machine::AMX : cpu.vendor == Vendor::AMD ? Machine::ZEN : Machine::AVX512;
   }
   return cpu.isa == Isa::AVX2 ? Machine::AVX2 : Machine::PORTABLE;
 #else
@@ -41,13 +41,16 @@ enum Kinds : unsigned {
   BF16_FLOAT = 8,  // BF16 weights, x of another type
   I8 = 16,         // I8 and I4 with x rounded to int8
   I4 = 32,
-  INT_ONLY = 64,  // I8 and I4 that are multiplied by x as it is
+  INT_FLOAT = 64,  // I8 and I4 that are multiplied by x as it is
+  INT_BF16 = 128,  // the same, x being BF16
   INT = I8 | I4,
-  ALL = 127,
+  ALL = 255,
 };
 
 Kinds kind_of(const LinearProduct& product) {
-  if (product.weight_only && is_integer(product.weight)) return INT_ONLY;
+  if (product.weight_only && is_integer(product.weight)) {
+    return product.x_element == Element::BF16 ? INT_BF16 : INT_FLOAT;
+  }
   switch (product.weight) {
     case Element::F32:
       return F32;
@@ -60,7 +63,7 @@ Kinds kind_of(const LinearProduct& product) {
   }
 }
 
-enum class Path { SPARSE, GATHER, DENSE };  // SPARSE: the best general kernels of the ISA
+enum class Path { SPARSE, MANY, DENSE };  // the best general kernels of the ISA, those for many tokens, aten's mm
 
 struct Rule {
   Machine machine;
@@ -72,26 +75,26 @@ struct Rule {
 
 constexpr int64_t ANY = std::numeric_limits<int64_t>::max();
 
-// The first that fits decides. "Predicted" is arithmetic on the ports of the CPU: a 2:4 multiply-add needs a permute
-// as well, which Zen runs on a port that is free and Intel on one that multiplies.
+// The first that fits decides. "Predicted" is arithmetic on the ports of the CPU.
 constexpr Rule RULES[] = {
     // machine       weights    tokens    N >= K >= path
-    {Machine::ZEN, F32 | F16, 64, ANY, 384, 128, Path::GATHER,
+    {Machine::ZEN, F32 | F16, 64, ANY, 384, 128, Path::MANY,
      "many tokens of a float weight: no permute for each multiplication (measured on Zen 4)"},
     {Machine::ZEN, ALL, 1, ANY, 1, 1, Path::SPARSE, "faster than dense at any number of tokens (measured on Zen 4)"},
 
-    {Machine::AMX, BF16 | INT, 9, ANY, 1, 1, Path::DENSE, "dense products use AMX (predicted, not measured)"},
-    {Machine::AMX, BF16_FLOAT, 1, ANY, 1, 1, Path::SPARSE,
-     "a dense product would be of float32, at half the rate (predicted, not measured)"},
-    {Machine::AMX, ALL, 17, ANY, 1, 1, Path::DENSE,
-     "many tokens: permutes and multiplications share a port (predicted, not measured)"},
-    {Machine::AMX, ALL, 1, ANY, 1, 1, Path::SPARSE,
-     "few tokens: bound by the bytes of the weight (predicted, not measured)"},
+    {Machine::AMX, BF16 | BF16_FLOAT | INT_BF16, 6, ANY, 1, 1, Path::MANY,
+     "bfloat16 tiles, of a weight that is read compressed (measured on Granite Rapids)"},
+    {Machine::AMX, I4, 8, ANY, 1, 1, Path::MANY,
+     "int8 tiles, of a weight that is read compressed (measured on Granite Rapids)"},
+    {Machine::AMX, I8, 16, ANY, 1, 1, Path::MANY,
+     "int8 tiles, of a weight that is read compressed (measured on Granite Rapids)"},
+    {Machine::AMX, F32 | F16, 48, ANY, 384, 128, Path::MANY,
+     "many tokens of a float weight: no permute for each multiplication (measured on Granite Rapids)"},
+    {Machine::AMX, ALL, 1, ANY, 1, 1, Path::SPARSE, "faster than dense (measured on Granite Rapids)"},
 
-    {Machine::AVX512, ALL, 17, ANY, 1, 1, Path::DENSE,
-     "many tokens: permutes and multiplications share a port (predicted, not measured)"},
-    {Machine::AVX512, ALL, 1, ANY, 1, 1, Path::SPARSE,
-     "few tokens: bound by the bytes of the weight (predicted, not measured)"},
+    {Machine::AVX512, F32 | F16, 48, ANY, 384, 128, Path::MANY,
+     "many tokens of a float weight: no permute for each multiplication (measured on Granite Rapids without AMX)"},
+    {Machine::AVX512, ALL, 1, ANY, 1, 1, Path::SPARSE, "faster than dense (measured on Granite Rapids without AMX)"},
 
     {Machine::AVX2, ALL, 1, ANY, 1, 1, Path::SPARSE,
      "faster than dense at any number of tokens (measured on Zen 4, with AVX2 alone)"},
@@ -101,9 +104,10 @@ constexpr Rule RULES[] = {
     {Machine::PORTABLE, ALL, 1, ANY, 1, 1, Path::DENSE, "torch's dense product has vector instructions (measured)"},
 };
 
-// Where strips of 16 rows of x are filled up by more than this, what gather gains is lost again (measured on Zen 4).
-bool strips_are_full(Kinds kind, int64_t tokens) {
-  const int64_t filling_percent = kind == F16 ? 7 : 3;
+// Where strips of 16 rows of x are filled up by more than this, what gather gains is lost again (measured).
+bool strips_are_full(Machine machine, Kinds kind, int64_t tokens) {
+  if (!(kind & (F32 | F16))) return true;
+  const int64_t filling_percent = machine != Machine::ZEN ? 10 : kind == F16 ? 7 : 3;
   return (tokens + 15) / 16 * 16 * 100 <= tokens * (100 + filling_percent);
 }
 
@@ -111,7 +115,7 @@ bool fits(const Rule& rule, Machine machine, Kinds kind, const LinearProduct& pr
   return rule.machine == machine && (rule.kinds & kind) && product.tokens >= rule.min_tokens &&
          product.tokens <= rule.max_tokens && product.out_features >= rule.min_out_features &&
          product.in_features >= rule.min_in_features &&
-         (rule.path != Path::GATHER || strips_are_full(kind, product.tokens));
+         (rule.path != Path::MANY || strips_are_full(machine, kind, product.tokens));
 }
 
 constexpr Rule NOTHING_TO_CHOOSE{Machine::PORTABLE, ALL, 0, ANY, 0, 0, Path::SPARSE, "an empty product"};
@@ -127,7 +131,7 @@ const Rule& rule_for(const Cpu& cpu, const LinearProduct& product) {
 
 // ---- The kernels there are ----
 
-// Those of `isa`, best first, null where it has none; the general ones, then the gather kernels.
+// Those of `isa`, best first, null where it has none; the general ones, and those for many tokens alone.
 struct Candidates {
   std::array<const Kernels*, 5> kernels{};
 
@@ -137,8 +141,9 @@ struct Candidates {
     if (isa >= Isa::AVX512_BF16) kernels[count++] = avx512_bf16_kernels(weight, weight_only, x_element);
     if (isa >= Isa::AVX512) {
       kernels[count++] = avx512_kernels(weight, weight_only, x_element);
-      gather = avx512_gather_kernels(weight, weight_only, x_element);
+      many = avx512_gather_kernels(weight, weight_only, x_element);
     }
+    if (isa >= Isa::AMX && !many) many = amx_kernels(weight, weight_only, x_element);
     if (isa >= Isa::AVX2) kernels[count++] = avx2_kernels(weight, weight_only, x_element);
 #elif defined(__aarch64__)
     if (isa >= Isa::NEON) kernels[count++] = neon_kernels(weight, weight_only, x_element);
@@ -146,7 +151,7 @@ struct Candidates {
     kernels[count] = portable_kernels(weight, weight_only, x_element);
   }
 
-  const Kernels* gather = nullptr;
+  const Kernels* many = nullptr;
 
   const Kernels& best() const {
     for (const Kernels* candidate : kernels) {
@@ -155,7 +160,7 @@ struct Candidates {
     __builtin_unreachable();  // portable_kernels() is never null
   }
   const Kernels* find(std::string_view name) const {
-    if (gather && gather->name == name) return gather;
+    if (many && many->name == name) return many;
     for (const Kernels* candidate : kernels) {
       if (candidate && candidate->name == name) return candidate;
     }
@@ -201,7 +206,7 @@ const Entry* find_tuned(const LinearProduct& product) {
 
 // ---- What is forced ----
 
-constexpr const char* NAMES[] = {"", DENSE, "perm", "gather", "portable"};
+constexpr const char* NAMES[] = {"", DENSE, "perm", "gather", "amx", "portable"};
 
 thread_local const char* forced = NAMES[0];
 
@@ -221,7 +226,7 @@ struct Decision {
 Decision decide(const Cpu& cpu, const Candidates& candidates, const LinearProduct& product) {
   const Rule& rule = rule_for(cpu, product);
   if (rule.path == Path::DENSE) return {nullptr, rule.reason};
-  return {rule.path == Path::GATHER && candidates.gather ? candidates.gather : &candidates.best(), rule.reason};
+  return {rule.path == Path::MANY && candidates.many ? candidates.many : &candidates.best(), rule.reason};
 }
 
 Decision decide(const Candidates& candidates, const LinearProduct& product) {
@@ -284,7 +289,7 @@ std::vector<const char*> kernels_of(Element weight, bool weight_only, Element x_
     if (kernels && std::find(names.begin(), names.end(), std::string_view(kernels->name)) == names.end())
       names.push_back(kernels->name);
   }
-  if (candidates.gather) names.push_back(candidates.gather->name);
+  if (candidates.many) names.push_back(candidates.many->name);
   return names;
 }
 

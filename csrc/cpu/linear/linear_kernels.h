@@ -95,6 +95,7 @@ struct Kernels {
   int strip_rows;
   void (*pack)(const Strip& strip);
   void (*multiply)(const Linear& call, const Tile& tile);  // y of the tile, epilogue included
+  int64_t run_blocks = 1;                                  // of W that multiply() wants at a time
 };
 
 // The kernels of an instruction set, for W and x of these element types; null where it has none.
@@ -104,6 +105,7 @@ const Kernels* avx512_kernels(Element weight, bool weight_only, Element x_elemen
 const Kernels* avx512_weight_only_kernels(Element weight);  // I8 and I4
 const Kernels* avx512_bf16_kernels(Element weight, bool weight_only, Element x_element);
 const Kernels* avx512_gather_kernels(Element weight, bool weight_only, Element x_element);
+const Kernels* amx_kernels(Element weight, bool weight_only, Element x_element);
 const Kernels* neon_kernels(Element weight, bool weight_only, Element x_element);
 
 // The epilogue of one block in plain C++, for kernels that have no faster one. `sums` is [tile.rows][16] of float, or
