@@ -142,9 +142,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 150)
     if options.markdown:
         for path in results.committed("encoders"):
-            print(summary.markdown(json.loads(path.read_text())))
-        layers = [json.loads(path.read_text()) for family in ("linear", "conv") for path in results.committed(family)]
-        print(summary.means_markdown(layers))
+            print(summary.marked(path.stem, summary.markdown(json.loads(path.read_text()))))
+        for path in results.committed("linear"):
+            both = path, path.with_name(path.name.replace("linear", "conv"))
+            layers = [json.loads(one.read_text()) for one in both if one.exists()]
+            print(summary.marked(path.stem, summary.means_markdown(layers)))
         return 0
     if options.draw:
         for family in options.only:

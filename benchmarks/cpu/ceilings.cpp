@@ -1,8 +1,12 @@
 // What the machine can do at most, as JSON: `ceilings THREADS`.
 //
-// GFLOP/s (int8: GOP/s) of independent 512-bit multiply-adds in registers, of all threads together, and GB/s of reading
-// memory that no cache holds, on huge pages where the system gives them. Each is the best of several short runs.
+// GFLOP/s (int8: GOP/s) of independent multiply-adds in registers, of all threads together: of 512 bits, or for
+// bfloat16 and int8 of tiles where there is AMX ("tiles" is 1 then). And GB/s of reading memory that no cache holds, on
+// huge pages where the system gives them. Each is the best of several short runs.
+#include <cpuid.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -34,6 +38,45 @@ constexpr size_t BYTES = 1 << 28;  // a thread's share of memory, more than any 
 MULTIPLY_ADDS(float32, FLOAT32)
 MULTIPLY_ADDS(bfloat16, BFLOAT16)
 MULTIPLY_ADDS(int8, INT8)
+
+// ---- Tiles ----
+
+bool has_tiles() {
+  constexpr unsigned FEATURES = 1u << 22 | 1u << 24 | 1u << 25;  // leaf 7, EDX: AMX-BF16, AMX-TILE, AMX-INT8
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & FEATURES) != FEATURES) return false;
+  constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+
+constexpr long TILE_LOOPS = LOOPS / 16;
+constexpr double TILE_OPERATIONS = 4.0 * TILE_LOOPS * 2 * 16 * 16;  // times the columns of x in a tile: 32 or 64
+
+// Numbers that differ: of zeros alone a tile costs less power, and runs faster.
+void load_tiles() {
+  struct alignas(64) {
+    unsigned char palette = 1, other[15] = {};
+    unsigned short row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    unsigned char rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } const config;
+  alignas(64) unsigned short numbers[512];
+  for (unsigned i = 0; i < 512; ++i) numbers[i] = static_cast<unsigned short>(0x3f80 + i * 2654435761u % 128);
+  asm volatile("ldtilecfg %0" ::"m"(config));
+  asm volatile("tileloadd (%0, %1, 1), %%tmm4\n tileloadd (%0, %1, 1), %%tmm5" ::"r"(numbers), "r"(64L) : "memory");
+  asm volatile("tileloadd (%0, %1, 1), %%tmm6\n tileloadd (%0, %1, 1), %%tmm7" ::"r"(numbers), "r"(64L) : "memory");
+}
+
+#define FOUR_TILES(OP)                                                                            \
+  OP " %%tmm6, %%tmm4, %%tmm0\n" OP " %%tmm7, %%tmm4, %%tmm1\n" OP " %%tmm6, %%tmm5, %%tmm2\n" OP \
+     " %%tmm7, %%tmm5, %%tmm3"
+#define TILE_PRODUCTS(NAME, OP)                                                     \
+  void NAME() {                                                                     \
+    load_tiles();                                                                   \
+    for (long i = 0; i < TILE_LOOPS; ++i) asm volatile(FOUR_TILES(OP)::: "memory"); \
+    asm volatile("tilerelease");                                                    \
+  }
+TILE_PRODUCTS(bfloat16_tiles, "tdpbf16ps")
+TILE_PRODUCTS(int8_tiles, "tdpbusd")
 
 __attribute__((target("avx512f"))) void read_all(const char* data) {
   for (const char* p = data; p < data + BYTES; p += 256) {
@@ -77,7 +120,13 @@ int main(int count, char** arguments) {
   }
   const double instructions = 16.0 * LOOPS;
   std::printf("{\"float32\": %.1f, ", best_rate(threads, 40, 32 * instructions, [](int) { float32(); }));
-  std::printf("\"bfloat16\": %.1f, ", best_rate(threads, 40, 64 * instructions, [](int) { bfloat16(); }));
-  std::printf("\"int8\": %.1f, ", best_rate(threads, 40, 128 * instructions, [](int) { int8(); }));
+  if (has_tiles()) {
+    std::printf("\"tiles\": 1, ");
+    std::printf("\"bfloat16\": %.1f, ", best_rate(threads, 40, 32 * TILE_OPERATIONS, [](int) { bfloat16_tiles(); }));
+    std::printf("\"int8\": %.1f, ", best_rate(threads, 40, 64 * TILE_OPERATIONS, [](int) { int8_tiles(); }));
+  } else {
+    std::printf("\"bfloat16\": %.1f, ", best_rate(threads, 40, 64 * instructions, [](int) { bfloat16(); }));
+    std::printf("\"int8\": %.1f, ", best_rate(threads, 40, 128 * instructions, [](int) { int8(); }));
+  }
   std::printf("\"memory\": %.2f}\n", best_rate(threads, 6, BYTES, [&](int i) { read_all(buffers[i]); }));
 }

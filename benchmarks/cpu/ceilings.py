@@ -1,6 +1,6 @@
 """What the machine can do at most, measured in the same run: multiply-adds in registers, and reading memory.
 
-On AVX-512 by a small program (ceilings.cpp, compiled when it is asked for); elsewhere torch's matrix product and copy
+On AVX-512 and AMX by a small program (ceilings.cpp, compiled when it is asked for); elsewhere torch's matrix product and copy
 stand in, which come close.
 """
 
@@ -21,11 +21,11 @@ from sparse24 import ops
 # a pair of kinds fit into two cycles of Zen 4 (measured), while the multiply-adds of a dense product fit one a cycle.
 SPARSE_OVER_DENSE = 1.5
 
-Ceilings = dict[str, float]  # GFLOP/s or GOP/s by type, and "memory" in GB/s
+Ceilings = dict[str, float]  # GFLOP/s or GOP/s by type, "memory" in GB/s; "tiles" where those of two types are of AMX
 
 
 def measured(threads: int) -> Ceilings:
-    if ops.cpu_isa().startswith("avx512"):
+    if ops.cpu_isa().startswith(("avx512", "amx")):
         with tempfile.TemporaryDirectory() as folder:
             program = Path(folder) / "ceilings"
             source = Path(__file__).with_name("ceilings.cpp")
@@ -47,7 +47,13 @@ def measured(threads: int) -> Ceilings:
 
 def of(row: dict, ceilings: Ceilings) -> float:
     """GFLOP/s, dense-equivalent, that a linear cell could reach at most: by its products, or by the bytes it moves."""
-    return min(SPARSE_OVER_DENSE * ceilings[arithmetic(row["dtype"])], intensity(row) * ceilings["memory"])
+    return min(products(row["dtype"], ceilings), intensity(row) * ceilings["memory"])
+
+
+def products(dtype: str, ceilings: Ceilings) -> float:
+    """The same by its products alone. A tile has no sparse product."""
+    dense = arithmetic(dtype)
+    return (1 if "tiles" in ceilings and dense != "float32" else SPARSE_OVER_DENSE) * ceilings[dense]
 
 
 def arithmetic(dtype: str) -> str:

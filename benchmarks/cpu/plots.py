@@ -103,9 +103,9 @@ def roofline(rows: Sequence[Row], limits: ceilings.Ceilings, path: Path) -> None
         dense = limits[ceilings.arithmetic(dtype)]
         ends = [min(at) / 2, max(at) * 2]
         line = [ends[0] * 1.02**i for i in range(2000) if ends[0] * 1.02**i <= ends[1]]
-        roof = [min(ceilings.SPARSE_OVER_DENSE * dense, x * limits["memory"]) for x in line]
-        axes.plot(line, roof, color=SPARSE, lw=1, label="limit: memory, then 1.5 x dense by the ports")
-        axes.plot(ends, [dense, dense], color=DENSE, lw=1, ls="--", label="dense peak: a multiply-add each cycle")
+        roof = [min(ceilings.products(dtype, limits), x * limits["memory"]) for x in line]
+        axes.plot(line, roof, color=SPARSE, lw=1, label="limit: memory, then products")
+        axes.plot(ends, [dense, dense], color=DENSE, lw=1, ls="--", label="dense peak")
         axes.loglog()
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_minor_formatter(NullFormatter())

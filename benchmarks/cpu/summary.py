@@ -175,8 +175,10 @@ def limit_table(found: list[dict[str, Any]]) -> Table:
 
 # ---- README.md and docs/cpu.md ---------------------------------------------------------------------------------------
 
-BEGIN, END = "<!-- encoders: python -m benchmarks.cpu --markdown -->", "<!-- end of encoders -->"
-MEANS_BEGIN, MEANS_END = "<!-- means: python -m benchmarks.cpu --markdown -->", "<!-- end of means -->"
+
+def marked(name: str, table: str) -> str:
+    """The table between comments that name its source."""
+    return f"<!-- {name}: python -m benchmarks.cpu --markdown -->\n{table}\n<!-- end of {name} -->"
 
 
 def means_markdown(results: Sequence[dict[str, Any]]) -> str:
