@@ -28,8 +28,8 @@ std::tuple<std::string, std::string> cpu_choice(std::string dtype, bool weight_o
 }
 
 void force_cpu_kernels(std::string kernels) {
-  REQUIRE(cpu::force_kernels(kernels), "kernels must be 'perm', 'gather', 'amx', 'portable', 'dense' or ''; got '", kernels,
-          "'");
+  REQUIRE(cpu::force_kernels(kernels), "kernels must be 'perm', 'gather', 'amx', 'portable', 'dense' or ''; got '",
+          kernels, "'");
 }
 
 // A line each: dtype, weight_only, x dtype, tokens, out_features, in_features, ISA, threads, kernels, reason.

@@ -12,6 +12,7 @@ import pytest
 from mutation import Mutant
 
 ROOT = Path(__file__).parents[1]
+HAS_AMX = "amx_int8" in Path("/proc/cpuinfo").read_text()
 PROGRAMS = [path.stem for path in sorted((ROOT / "tests" / "native").rglob("test_*.cpp"))]
 
 
@@ -284,6 +285,60 @@ MUTANTS = {
         "true",
         "csrc/cpu/linear/linear_avx512_bf16.cpp",
     ),
+    "amx: the last strip begins behind its rows": Mutant(
+        "test_linear",
+        "csrc/cpu/linear/linear_amx.cpp",
+        "return std::min(strip * height, rows - height);",
+        "return strip * height;",
+    ),
+    "amx: zeros of W meet what is not finite": Mutant(
+        "test_linear",
+        "csrc/cpu/linear/linear_amx.cpp",
+        "if (any_nan(zeros(row))) multiply_row(call, tile, block, begin + row);",
+        "(void)multiply_row;",
+    ),
+    "amx: another lane's values": Mutant(
+        "test_linear",
+        "csrc/cpu/linear/linear_amx.cpp",
+        "0x04040404u * (i % 4)",
+        "0x04040404u * (i % 2)",
+    ),
+    "amx: the second strip is the first": Mutant(
+        "test_linear",
+        "csrc/cpu/linear/linear_amx.cpp",
+        "_tile_loadd(5, x + strip_bytes, 64);",
+        "_tile_loadd(5, x, 64);",
+    ),
+    "amx: sums of earlier pieces are lost": Mutant(
+        "test_linear",
+        "csrc/cpu/linear/linear_amx.cpp",
+        "  if (first) {",
+        "  if (true || first) {",
+    ),
+    "amx: an odd block counts as two": Mutant(
+        "test_linear",
+        "csrc/cpu/linear/linear_amx.cpp",
+        "if (block + 1 < last) {",
+        "if (true) {",
+    ),
+    "amx: no columns, no sums": Mutant(
+        "test_linear",
+        "csrc/cpu/linear/linear_amx.cpp",
+        ", 1);  // of no columns, one",
+        ", 0);",
+    ),
+    "amx: weight-only int4: the second pair is not found": Mutant(
+        "test_linear",
+        "csrc/cpu/linear/linear_amx.cpp",
+        "_mm512_set1_epi32(4 * place)",
+        "_mm512_set1_epi32(place)",
+    ),
+    "amx: weight-only int8: both groups of a lane are the first": Mutant(
+        "test_linear",
+        "csrc/cpu/linear/linear_amx.cpp",
+        "bf16_of_bytes<true>(four, group % 2 * 2)",
+        "bf16_of_bytes<true>(four, 0)",
+    ),
     "quantize: halves away from zero": Mutant(
         "test_conv",
         "csrc/cpu/quantize.cpp",
@@ -309,6 +364,7 @@ def planted(
     """The programs with the planted bugs that are asked for, built side by side: most of a test is its compiler."""
     tests = [item for item in request.session.items if item.path == request.path]
     names = [item.callspec.params["name"] for item in tests if item.originalname == "test_planted_bug_is_caught"]
+    names = [name for name in names if HAS_AMX or not name.startswith("amx:")]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {
             name: pool.submit(
@@ -321,6 +377,8 @@ def planted(
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_bug_is_caught(name: str, native_release: Path, planted: dict[str, Future[Path]]) -> None:
+    if name.startswith("amx:") and not HAS_AMX:
+        pytest.skip("needs a CPU with AMX")
     program = planted[name].result()
     assert run(program, native_release / "fake").returncode != 0, f"{MUTANTS[name].caught_by} did not notice: {name}"
 

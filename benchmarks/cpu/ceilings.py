@@ -1,7 +1,7 @@
 """What the machine can do at most, measured in the same run: multiply-adds in registers, and reading memory.
 
-On AVX-512 and AMX by a small program (ceilings.cpp, compiled when it is asked for); elsewhere torch's matrix product and copy
-stand in, which come close.
+On AVX-512 and AMX by a small program (ceilings.cpp, compiled when it is asked for); elsewhere torch's matrix product
+and copy stand in, which come close.
 """
 
 from __future__ import annotations

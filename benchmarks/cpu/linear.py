@@ -37,6 +37,10 @@ F16_LIMIT = 5e8  # products; torch's own float16 path makes 7 of them a nanoseco
 CHECKED = 4  # tokens at either end of x
 
 
+# Of a cache that many cores share a guest has a part: on one with 480 MB these are read at the speed of memory.
+MAX_COLD_BYTES = 256 << 20
+
+
 def last_level_cache() -> int:
     """Bytes; 32 MiB where Linux does not tell."""
     file = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
@@ -128,7 +132,7 @@ class Linear:
         caches: Sequence[str] = tuple(TOKENS),
     ) -> None:
         self.axes = shapes, dtypes, caches, tokens, threads
-        self.cold_bytes = 3 * last_level_cache()
+        self.cold_bytes = min(3 * last_level_cache(), MAX_COLD_BYTES)
         self.full: dict[tuple[int, int], Tensor] = {}  # of the shape at hand
         self.weights: dict[tuple[int, int, str], Weight] = {}  # of the shape and dtype at hand
         self.made: dict[tuple[str, int], list[Layer]] = {}  # of that weight, by contender and what they are tied to

@@ -18,7 +18,7 @@ void test_rules() {
 #if defined(__x86_64__)
   constexpr Element F32 = Element::F32, BF16 = Element::BF16, I8 = Element::I8, I4 = Element::I4;
   const Cpu zen{Vendor::AMD, Isa::AVX512_BF16}, ice_lake{Vendor::INTEL, Isa::AVX512};
-  const Cpu granite_rapids{Vendor::INTEL, Isa::AMX}, haswell{Vendor::INTEL, Isa::AVX2};
+  const Cpu sapphire_rapids{Vendor::INTEL, Isa::AMX}, haswell{Vendor::INTEL, Isa::AVX2};
   struct Expected {
     Cpu cpu;
     LinearProduct product;
@@ -33,17 +33,17 @@ void test_rules() {
       {ice_lake, {F32, false, F32, 16, 768, 768}, "perm"},
       {ice_lake, {F32, false, F32, 64, 768, 768}, "gather"},
       {ice_lake, {I8, false, F32, 1576, 768, 768}, "perm"},
-      {granite_rapids, {BF16, false, BF16, 5, 768, 768}, "perm"},
-      {granite_rapids, {BF16, false, BF16, 6, 768, 768}, "amx"},
-      {granite_rapids, {BF16, false, F32, 1576, 768, 768}, "amx"},
-      {granite_rapids, {I8, false, F32, 15, 768, 768}, "perm"},
-      {granite_rapids, {I8, false, I8, 16, 768, 768}, "amx"},
-      {granite_rapids, {I4, false, F32, 8, 768, 768}, "amx"},
-      {granite_rapids, {F32, false, F32, 47, 768, 768}, "perm"},
-      {granite_rapids, {F32, false, F32, 197, 768, 768}, "gather"},
-      {granite_rapids, {F32, false, F32, 65, 768, 768}, "perm"},
-      {granite_rapids, {I8, true, F32, 1576, 768, 768}, "perm"},
-      {granite_rapids, {I8, true, BF16, 6, 768, 768}, "amx"},
+      {sapphire_rapids, {BF16, false, BF16, 5, 768, 768}, "perm"},
+      {sapphire_rapids, {BF16, false, BF16, 6, 768, 768}, "amx"},
+      {sapphire_rapids, {BF16, false, F32, 1576, 768, 768}, "amx"},
+      {sapphire_rapids, {I8, false, F32, 15, 768, 768}, "perm"},
+      {sapphire_rapids, {I8, false, I8, 16, 768, 768}, "amx"},
+      {sapphire_rapids, {I4, false, F32, 8, 768, 768}, "amx"},
+      {sapphire_rapids, {F32, false, F32, 47, 768, 768}, "perm"},
+      {sapphire_rapids, {F32, false, F32, 197, 768, 768}, "gather"},
+      {sapphire_rapids, {F32, false, F32, 65, 768, 768}, "perm"},
+      {sapphire_rapids, {I8, true, F32, 1576, 768, 768}, "perm"},
+      {sapphire_rapids, {I8, true, BF16, 6, 768, 768}, "amx"},
       {haswell, {F32, false, F32, 1576, 768, 768}, "perm"},
       {{Vendor::AMD, Isa::PORTABLE}, {F32, false, F32, 1, 768, 768}, "dense"},
       {{Vendor::AMD, Isa::PORTABLE}, {I8, false, F32, 1, 768, 768}, "portable"},

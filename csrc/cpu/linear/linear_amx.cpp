@@ -29,7 +29,7 @@ constexpr int AMX_PANEL_ROWS = 256;
 constexpr int PIECE_UNITS = 16;
 
 // Of a run of blocks the sums, half a megabyte, stay in the L2 beside a piece of the panel: from the L3 tiles of x come
-// six times as slow (measured on Granite Rapids).
+// six times as slow (measured).
 constexpr int RUN_BLOCKS = 32;
 
 constexpr int PREFETCH_AHEAD_BYTES = 4096;  // within a block
