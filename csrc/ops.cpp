@@ -335,7 +335,6 @@ std::tuple<Tensor, Tensor> unpack(const Tensor& packed, int64_t out_features, in
 
 Tensor multiply(const LinearOperands& in, const uint8_t* packed) {
   const Tensor y = empty_like_device(in.x, in.y_shape, in.y_type);
-  if (getenv("HP")) advise_huge_pages(y.mutable_data_ptr(), y.numel() * y.element_size());
   linear_by_choice({in.x.const_data_ptr(), in.x_stride, element_of("x", in.x_type), packed, in.element, in.weight_only,
                     in.in_features, in.epilogue(y)});
   return y;
