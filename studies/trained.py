@@ -21,6 +21,7 @@ from demo import restoration, vision
 from demo.distillation import Recipe, distil
 from demo.needs import package_file
 from demo.photographs import HELD_OUT, centre, photograph, training_crop
+from studies.fashion import converted
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 SIDE = 256  # pixels of a measured crop
@@ -206,12 +207,6 @@ def job(model: str, method: str) -> dict[str, Any]:
     with torch.no_grad():
         found["distilled"] = study.quality(converted(student))
     return found
-
-
-def converted(student: nn.Module) -> nn.Module:
-    model = copy.deepcopy(student).eval()
-    sparse24.convert(model)
-    return model
 
 
 # ---- The table -------------------------------------------------------------------------------------------------------

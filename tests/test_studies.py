@@ -1,5 +1,6 @@
 """studies: the pieces of the studies on small data: readers, ways, intervals, tables; models against their packages."""
 
+import copy
 import gzip
 import json
 import os
@@ -14,7 +15,9 @@ from torch import Tensor
 
 import sparse24
 from benchmarks import measure
-from studies import fashion, jobs, trained
+from sparse24.quantization import fake_quantization
+from sparse24.sparse_module import SparseModule
+from studies import fashion, jobs, quantised, quantised_fashion, trained
 
 
 def write(folder: Path, part: str, images: np.ndarray, labels: np.ndarray) -> None:
@@ -143,3 +146,81 @@ def test_the_document_has_the_committed_table(study: str) -> None:
     table = (fashion if study == "fashion" else trained).markdown(found)
     assert table in (measure.ROOT / "docs" / "training.md").read_text()
     assert (measure.RESULTS / f"study-{study}.png").stat().st_size < 300_000
+
+
+# ---- Quantised -------------------------------------------------------------------------------------------------------
+
+
+def rounded_layers(model: torch.nn.Module) -> set[str]:
+    return {name for name, one in model.named_modules() if fake_quantization(one) is not None}
+
+
+@pytest.mark.parametrize("model", fashion.MODELS)
+def test_the_same_layers_are_rounded_dense_and_sparse(model: str) -> None:
+    torch.manual_seed(0)
+    dense, skip = fashion.MODELS[model](), sparse24.paper_skips()
+    x = [torch.randn(4, 1, 28, 28)]
+    wanted = None
+    for base, formats in quantised.BASES.items():
+        pruned = copy.deepcopy(dense)
+        if base != quantised.DENSE:
+            report = sparse24.prune(pruned, base, skip=skip)
+            wanted = {row.name for row in report.rows if row.outcome == "pruned"}
+        for name in formats:
+            one = quantised.quantised(pruned, name, skip, x)
+            of_dense = quantised.quantised(dense, name, skip, x)
+            assert rounded_layers(one) == rounded_layers(of_dense) and rounded_layers(one)
+            assert wanted is None or rounded_layers(one) == wanted
+            assert not rounded_layers(pruned)
+            left = {n for n, p in of_dense.named_parameters() if "parametrizations" in n}
+            assert {n.split(".parametrizations")[0] for n in left} == rounded_layers(of_dense)
+
+
+@pytest.mark.parametrize("model", fashion.MODELS)
+def test_every_format_is_measured_after_training_and_trained(
+    model: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fashion, "EPOCHS", 6)
+    monkeypatch.setattr(fashion, "BATCH", 32)
+    measured: list[set[str]] = []
+    accuracy = fashion.Data.accuracy
+
+    def look(data: fashion.Data, one: torch.nn.Module) -> float:
+        measured.append({module._describe() for module in one.modules() if isinstance(module, SparseModule)})
+        return accuracy(data, one)
+
+    monkeypatch.setattr(fashion.Data, "accuracy", look)
+    threads = torch.get_num_threads()
+    found = quantised_fashion.job(folder, model, 0)
+    torch.set_num_threads(threads)
+    assert {base: [*formats] for base, formats in found.items()} == {
+        base: [quantised.FLOAT, *formats] for base, formats in quantised.BASES.items()
+    }
+    places = iter(measured)
+    for base, formats in found.items():
+        assert formats[quantised.FLOAT][quantised.POST] > 30  # of ten classes
+        for name in formats:
+            for _ in formats[name]:  # what is measured runs on the kernels of its format
+                kinds = next(places)
+                sparse = base == "2:4" or (base == "pair 4:8" and name != quantised.FLOAT)
+                assert bool(kinds) is sparse
+                for kind in kinds:
+                    assert f"pattern={base}" in kind and "packed=True" in kind
+                    assert (f"weight_dtype=torch.{name[:4]}" in kind) is (name != quantised.FLOAT)
+                    assert ("x_rounding=tensor" in kind) is ("percentile" in name or "max" in name)
+    assert not list(places)
+
+
+def test_learnt_scales_move_with_their_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fashion, "BATCH", 32)
+    data = fashion.Data(folder)
+    torch.manual_seed(0)
+    dense = fashion.cnn()
+    one = quantised.quantised(dense, "int4 by token, scales learnt", sparse24.paper_skips(), [])
+    scales = {name: p.detach().clone() for name, p in one.named_parameters() if name.endswith("scales")}
+    data.train(one, 0, **quantised_fashion.SHORT)
+    assert len(scales) == 4
+    for name, parameter in one.named_parameters():
+        if name in scales:
+            moved = ((parameter - scales[name]).abs() / scales[name].mean()).max()
+            assert 0 < moved < 5 * 2e-4 * fashion.SCALE_PACE  # 5 steps
