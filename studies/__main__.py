@@ -1,6 +1,7 @@
 """`python -m studies [NAME ...]`: runs the named studies, or all; --markdown prints the tables of the documents.
 
-Each part of a study is kept in .cache as it ends: an interrupted run goes on where it was.
+Each part of a study is kept in .cache as it ends: an interrupted run goes on where it was. Not so quantised-speed,
+which wants the machine for itself.
 """
 
 from __future__ import annotations
@@ -8,12 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import measure
-from studies import fashion, plots, quantised_fashion, trained
+from studies import fashion, plots, quantised, quantised_fashion, quantised_speed, quantised_trained, trained
 from studies.jobs import side_by_side
 
 
@@ -26,28 +27,45 @@ def over_seeds(study: str, job: Callable[[Path, str, int], Any], folder: Path) -
     return {model: [done[f"{study}-{model}-{seed}"] for seed in range(fashion.SEEDS)] for model in fashion.MODELS}
 
 
-def run_trained(_: Path) -> dict[str, Any]:
-    pairs = [(model, method) for model in trained.MODELS for method in trained.METHODS]
-    jobs = {f"trained-{model}-{method}": (trained.job, model, method) for model, method in pairs}
-    done = dict(side_by_side(jobs, "trained"))
-    return {
-        model: {method: done[f"trained-{model}-{method}"] for method in trained.METHODS} for model in trained.MODELS
-    }
+def over_parts(study: str, job: Callable[[str, str], Any], parts: Iterable[str]) -> dict[str, Any]:
+    """By trained model and part, what job(model, part) returns."""
+    pairs = [(model, part) for model in trained.MODELS for part in parts]
+    jobs = {f"{study}-{model}-{part}": (job, model, part) for model, part in pairs}
+    done = dict(side_by_side(jobs, study))
+    return {model: {part: done[f"{study}-{model}-{part}"] for part in parts} for model in trained.MODELS}
 
 
 class Study(NamedTuple):
-    run: Callable[[Path], dict[str, Any]]  # given the folder of Fashion-MNIST
-    markdown: Callable[[Any], str]
+    run: Callable[[Path], dict[str, Any]]  # given the folder of Fashion-MNIST; results by model
+    markdown: Callable[[Any], str]  # the table of such results
     draw: Callable[[Any, str, Any], None]  # on an axis, a model and its results
 
 
 STUDIES = {
-    "fashion": Study(lambda folder: over_seeds("fashion", fashion.job, folder), fashion.markdown, plots.differences),
-    "trained": Study(run_trained, trained.markdown, plots.stages),
+    "fashion": Study(
+        lambda folder: over_seeds("fashion", fashion.job, folder),
+        fashion.markdown,
+        plots.differences,
+    ),
+    "trained": Study(
+        lambda _: over_parts("trained", trained.job, trained.METHODS),
+        trained.markdown,
+        plots.stages,
+    ),
     "quantised-fashion": Study(
         lambda folder: over_seeds("quantised-fashion", quantised_fashion.job, folder),
         quantised_fashion.markdown,
         plots.rounded,
+    ),
+    "quantised-trained": Study(
+        lambda _: over_parts("quantised-trained", quantised_trained.job, quantised.BASES),
+        quantised_trained.markdown,
+        plots.rounded_photographs,
+    ),
+    "quantised-speed": Study(
+        lambda _: quantised_speed.run(),
+        quantised_speed.markdown,
+        plots.latencies,
     ),
 }
 
