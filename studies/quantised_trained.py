@@ -17,8 +17,8 @@ from studies.fashion import converted
 from studies.quantised import BASES, DENSE, FLOAT, POST, TRAINED, quantised
 from studies.trained import MODELS, Study
 
-FORMATS = (FLOAT, "int8 by token", "int8 by percentile", "int4 by token")
-STEPS, PACE = 30, 0.25  # of rounding in training: so many steps, and times the learning rate
+FORMATS = (FLOAT, "int8 by token", "int8 by max", "int8 by percentile", "int4 by token")
+STEPS, PACE = 30, 0.1  # of rounding in training: so many steps, and times the learning rate
 
 Found = dict[str, dict[str, list[float]]]  # by format, the quality of each photograph, of POST and TRAINED
 
