@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import gzip
+import itertools
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,10 +22,12 @@ from torch import Tensor, nn
 
 import sparse24
 from benchmarks.cpu.encoders import Block
+from sparse24.quantization import FakeQuantize
 
 FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist (MIT)
 SEEDS = 5
 EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 3, 128, 2e-3, 0.02
+SCALE_PACE = 10
 CALIBRATION = 512  # training images for Wanda and SparseGPT
 DENSE = "dense"
 
@@ -87,21 +90,32 @@ class Data:
         self.x, self.y = read(folder, "train")
         self.test_x, self.test_y = read(folder, "t10k")
 
-    def train(self, model: nn.Module, seed: int) -> None:
-        """One schedule: AdamW, the learning rate warming up over 5 % of the steps and falling to zero as a cosine."""
+    def train(self, model: nn.Module, seed: int, length: float = 1, pace: float = 1) -> None:
+        """One schedule: AdamW, the learning rate warming up over 5 % of the steps and falling to zero as a cosine.
+
+        length, pace: so many times its steps, and its learning rate. Adam's steps do not know the size of what they
+        change, and learnt scales are small: each tensor of them has the rate times SCALE_PACE times its mean.
+        """
         order = torch.Generator().manual_seed(seed)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        steps = EPOCHS * (len(self.x) // BATCH)
+        rate, per_epoch = pace * LEARNING_RATE, len(self.x) // BATCH
+        scales = [p for module in model.modules() if isinstance(module, FakeQuantize) for p in module.parameters()]
+        known = {id(scale) for scale in scales}
+        groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if id(p) not in known], "lr": rate}]
+        for scale in scales:
+            size = float(scale.detach().abs().mean())
+            groups.append({"params": [scale], "lr": rate * SCALE_PACE * size, "weight_decay": 0.0})
+        optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
+        steps = int(length * EPOCHS * per_epoch)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, LEARNING_RATE, steps, pct_start=0.05, cycle_momentum=False
+            optimizer, [group["lr"] for group in groups], steps, pct_start=0.05, cycle_momentum=False
         )
+        shuffled = (torch.randperm(len(self.x), generator=order).split(BATCH)[:per_epoch] for _ in itertools.count())
         model.train()
-        for _ in range(EPOCHS):
-            for batch in torch.randperm(len(self.x), generator=order).split(BATCH)[: len(self.x) // BATCH]:
-                optimizer.zero_grad()
-                F.cross_entropy(model(self.x[batch]), self.y[batch]).backward()
-                optimizer.step()
-                schedule.step()
+        for batch in itertools.islice(itertools.chain.from_iterable(shuffled), steps):
+            optimizer.zero_grad()
+            F.cross_entropy(model(self.x[batch]), self.y[batch]).backward()
+            optimizer.step()
+            schedule.step()
         model.eval()
 
     @torch.no_grad()
@@ -154,10 +168,15 @@ def job(folder: Path, model: str, seed: int) -> dict[str, float]:
     data.train(dense, seed)
     found = {}
     for name, trained in ways(dense, start, data, seed):
-        converted = copy.deepcopy(trained).eval()
-        sparse24.convert(converted)
-        found[name] = data.accuracy(converted)
+        found[name] = data.accuracy(converted(trained))
     return found
+
+
+def converted(trained: nn.Module) -> nn.Module:
+    """A copy that runs on the sparse kernels; `trained` stays trainable."""
+    model = copy.deepcopy(trained).eval()
+    sparse24.convert(model)
+    return model
 
 
 # ---- The table -------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from demo import restoration, vision
 from demo.distillation import Recipe, distil
 from demo.needs import package_file
 from demo.photographs import HELD_OUT, centre, photograph, training_crop
+from studies.fashion import converted
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 SIDE = 256  # pixels of a measured crop
@@ -152,6 +153,32 @@ class Study:
         self.unit, self.load, self.skip, self.calibration = unit, load, skip, calibration
         self.imitation, self.recipe, self.quality = imitation, recipe, quality
 
+    def pair(self) -> tuple[nn.Module, nn.Module]:
+        """The model twice: one that teaches, and one to change and train."""
+        teacher = self.load().requires_grad_(False)
+        student = copy.deepcopy(teacher)
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(not name.endswith("mask_token"))
+        return teacher, student
+
+    def prune(self, student: nn.Module, pattern: str, method: str) -> int:
+        """Returns how many layers."""
+        calibration = None if method == "magnitude" else self.calibration()
+        report = sparse24.prune(student, pattern, skip=self.skip, method=method, calibration=calibration)
+        return sum(row.outcome == "pruned" for row in report.rows)
+
+    def distil(self, student: nn.Module, teacher: nn.Module, recipe: Recipe) -> None:
+        """All steps, in place. A run that is stopped goes on where it was: distil() keeps what was learnt."""
+        with Progress(disable=True) as progress:
+            done = distil("study", student, self.imitation(student, teacher), recipe, math.inf, progress)
+        if done.steps < done.planned:
+            raise KeyboardInterrupt
+
+    @torch.no_grad()
+    def measured(self, model: nn.Module) -> list[float]:
+        """The quality of each held-out photograph."""
+        return self.quality(model)
+
 
 MODELS = {
     "DAT-light x2": Study(
@@ -188,30 +215,13 @@ def job(model: str, method: str) -> dict[str, Any]:
     """Quality of one model on each held-out photograph: dense, one-shot by `method`, and then distilled."""
     torch.set_num_threads(1)
     study = MODELS[model]
-    teacher = study.load().requires_grad_(False)
-    student = copy.deepcopy(teacher)
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(not name.endswith("mask_token"))
-    calibration = None if method == "magnitude" else study.calibration()
-    report = sparse24.prune(student, skip=study.skip, method=method, calibration=calibration)
-    found: dict[str, Any] = {"layers": sum(row.outcome == "pruned" for row in report.rows)}
-    with torch.no_grad():
-        found["dense"], found["one-shot"] = study.quality(teacher), study.quality(converted(student))
+    teacher, student = study.pair()
+    found: dict[str, Any] = {"layers": study.prune(student, "2:4", method)}
+    found["dense"], found["one-shot"] = study.measured(teacher), study.measured(converted(student))
     sparse24.train_sparse(student)
-    name = f"study-{model}-{method}".replace("/", " ").replace(" ", "-")
-    with Progress(disable=True) as progress:
-        done = distil(name, student, study.imitation(student, teacher), study.recipe, math.inf, progress)
-    if done.steps < done.planned:
-        raise KeyboardInterrupt  # distil() keeps what was learnt, and returns
-    with torch.no_grad():
-        found["distilled"] = study.quality(converted(student))
+    study.distil(student, teacher, study.recipe)
+    found["distilled"] = study.measured(converted(student))
     return found
-
-
-def converted(student: nn.Module) -> nn.Module:
-    model = copy.deepcopy(student).eval()
-    sparse24.convert(model)
-    return model
 
 
 # ---- The table -------------------------------------------------------------------------------------------------------

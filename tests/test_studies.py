@@ -1,10 +1,12 @@
 """studies: the pieces of the studies on small data: readers, ways, intervals, tables; models against their packages."""
 
+import copy
 import gzip
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,11 @@ from torch import Tensor
 
 import sparse24
 from benchmarks import measure
-from studies import fashion, jobs, trained
+from sparse24 import ops
+from sparse24.quantization import fake_quantization
+from sparse24.sparse_module import SparseModule
+from studies import fashion, jobs, plots, quantised, quantised_fashion, quantised_speed, quantised_trained, trained
+from studies.__main__ import STUDIES
 
 
 def write(folder: Path, part: str, images: np.ndarray, labels: np.ndarray) -> None:
@@ -140,6 +146,191 @@ def test_demosaicnet_is_the_trained_network() -> None:
 @pytest.mark.parametrize("study", ["fashion", "trained"])
 def test_the_document_has_the_committed_table(study: str) -> None:
     found = json.loads((measure.RESULTS / f"study-{study}.json").read_text())["results"]
-    table = (fashion if study == "fashion" else trained).markdown(found)
-    assert table in (measure.ROOT / "docs" / "training.md").read_text()
+    assert STUDIES[study].markdown(found) in (measure.ROOT / "docs" / "training.md").read_text()
     assert (measure.RESULTS / f"study-{study}.png").stat().st_size < 300_000
+
+
+@pytest.mark.parametrize("study", [name for name in STUDIES if name.startswith("quantised-")])
+def test_the_place_of_a_table_has_the_committed_one(study: str) -> None:
+    """Each study of quantisation has a marked place: the table and the plot of committed results, or nothing."""
+    text = (measure.ROOT / "docs" / "quantisation.md").read_text()
+    assert text.count(f"<!-- study-{study} -->\n") == 1
+    place = text.split(f"<!-- study-{study} -->\n")[1].lstrip("\n")
+    path = measure.RESULTS / f"study-{study}.json"
+    if path.exists():
+        assert place.startswith(STUDIES[study].markdown(json.loads(path.read_text())["results"]) + "\n\n![")
+        assert f"](../benchmarks/results/study-{study}.png)" in place.split("\n\n")[1]
+        assert path.with_suffix(".png").stat().st_size < 300_000
+    else:
+        assert not place.startswith(("|", "!["))
+
+
+# ---- Quantised -------------------------------------------------------------------------------------------------------
+
+
+def rounded_layers(model: torch.nn.Module) -> set[str]:
+    return {name for name, one in model.named_modules() if fake_quantization(one) is not None}
+
+
+@pytest.mark.parametrize("model", fashion.MODELS)
+def test_the_same_layers_are_rounded_dense_and_sparse(model: str) -> None:
+    torch.manual_seed(0)
+    dense, skip = fashion.MODELS[model](), sparse24.paper_skips()
+    x = [torch.randn(4, 1, 28, 28)]
+    wanted = None
+    for base, formats in quantised.BASES.items():
+        pruned = copy.deepcopy(dense)
+        if base != quantised.DENSE:
+            report = sparse24.prune(pruned, base, skip=skip)
+            wanted = {row.name for row in report.rows if row.outcome == "pruned"}
+        for name in formats:
+            one = quantised.quantised(pruned, name, skip, x)
+            of_dense = quantised.quantised(dense, name, skip, x)
+            assert rounded_layers(one) == rounded_layers(of_dense) and rounded_layers(one)
+            assert wanted is None or rounded_layers(one) == wanted
+            assert not rounded_layers(pruned)
+            left = {n for n, p in of_dense.named_parameters() if "parametrizations" in n}
+            assert {n.split(".parametrizations")[0] for n in left} == rounded_layers(of_dense)
+
+
+def formats_of(model: torch.nn.Module) -> set[str]:
+    """The pattern and format of each sparse layer, in the words of the studies' rows."""
+    kinds = set()
+    for layer in model.modules():
+        if isinstance(layer, SparseModule):
+            assert layer.packed is not None
+            dtype = str(layer.weight_dtype).removeprefix("torch.")
+            x = {"": "", "token": " by token", "tensor": " by tensor"}[
+                layer.x_rounding if layer.scales is not None else ""
+            ]
+            kinds.add(f"{layer.pattern}, {dtype}{x}")
+    return kinds
+
+
+def expected(base: str, name: str) -> set[str]:
+    if base == quantised.DENSE or (base, name) == ("pair 4:8", quantised.FLOAT):
+        return set()
+    return {f"{base}, {name.split(', ')[0].replace('max', 'tensor').replace('percentile', 'tensor')}"}
+
+
+@pytest.mark.parametrize("model", fashion.MODELS)
+def test_every_format_is_measured_after_training_and_trained(
+    model: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fashion, "EPOCHS", 6)
+    monkeypatch.setattr(fashion, "BATCH", 32)
+    measured: list[set[str]] = []
+    accuracy = fashion.Data.accuracy
+
+    def look(data: fashion.Data, one: torch.nn.Module) -> float:
+        measured.append(formats_of(one))
+        return accuracy(data, one)
+
+    monkeypatch.setattr(fashion.Data, "accuracy", look)
+    threads = torch.get_num_threads()
+    found = quantised_fashion.job(folder, model, 0)
+    torch.set_num_threads(threads)
+    rows = [(base, name) for base, formats in quantised.BASES.items() for name in (quantised.FLOAT, *formats)]
+    assert [(base, name) for base, formats in found.items() for name in formats] == rows
+    assert all(formats[quantised.FLOAT][quantised.POST] > 30 for formats in found.values())  # of ten classes
+    stages = (quantised.POST, quantised.TRAINED)
+    assert measured == [expected(*row) for row in rows for _ in stages]  # on the kernels of its format
+
+    seeds = {model: [found, found]}
+    assert len(quantised_fashion.markdown(seeds).splitlines()) == 2 + len(rows)
+    plots.draw(plots.rounded, seeds, tmp_path / "plot.png")
+
+
+def test_learnt_scales_move_with_their_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fashion, "BATCH", 32)
+    data = fashion.Data(folder)
+    torch.manual_seed(0)
+    dense = fashion.cnn()
+    one = quantised.quantised(dense, "int4 by token, scales learnt", sparse24.paper_skips(), [])
+    scales = {name: p.detach().clone() for name, p in one.named_parameters() if name.endswith("scales")}
+    data.train(one, 0, **quantised_fashion.SHORT)
+    assert len(scales) == 4
+    for name, parameter in one.named_parameters():
+        if name in scales:
+            moved = ((parameter - scales[name]).abs() / scales[name].mean()).max()
+            assert 0 < moved < 5 * 2e-4 * fashion.SCALE_PACE  # 5 steps
+
+
+def test_what_is_rounded_is_distilled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = trained.MODELS[trained.MOSAIC]
+    monkeypatch.setattr(trained, "SIDE", 96)
+    monkeypatch.setattr(trained, "PATCH", 16)
+    monkeypatch.setattr(study, "recipe", replace(study.recipe, steps=2))
+    monkeypatch.setattr(quantised_trained, "STEPS", 2)
+    measured: list[set[str]] = []
+    quality = study.quality
+
+    def look(one: torch.nn.Module) -> list[float]:
+        measured.append(formats_of(one))
+        return quality(one)
+
+    monkeypatch.setattr(study, "quality", look)
+    threads = torch.get_num_threads()
+    found = {base: quantised_trained.job(trained.MOSAIC, base) for base in quantised.BASES}
+    torch.set_num_threads(threads)
+    wanted = []
+    for base, formats in found.items():
+        assert [*formats] == quantised_trained.formats(base)
+        for name, stages in formats.items():
+            assert len(stages) == (1 if (base, name) == (quantised.DENSE, quantised.FLOAT) else 2)
+            selects = set() if base == quantised.DENSE else {"2:4, float32"}  # pack_mosaic, 2:4 by what it does
+            wanted += [expected(base, name) | selects] * len(stages)
+            if len(stages) == 2:
+                assert stages[quantised.POST] != stages[quantised.TRAINED]
+    assert measured == wanted
+    assert [*found[quantised.DENSE]] == [*quantised_trained.FORMATS]
+    means = [sum(stages[quantised.POST]) for stages in found[quantised.DENSE].values()]
+    assert means[0] > max(means[1:4]) and min(means[1:4]) > means[4]  # float, int8, int4
+    models = {trained.MOSAIC: found}
+    assert len(quantised_trained.markdown(models).splitlines()) == 2 + 5 + 4 + 2
+    plots.draw(plots.rounded_photographs, models, tmp_path / "plot.png")
+
+
+def test_bytes_by_format_are_what_compress_makes() -> None:
+    weight = torch.randn(64, 64)
+    for kind, pattern in ((quantised.FLOAT, "2:4"), ("int8", "2:4"), ("int4", "pair 4:8")):
+        pruned = torch.where(sparse24.prune_mask(weight, pattern), weight, 0)
+        whole = (pruned.sign() * 5).to(torch.int8)
+        stored = {quantised.FLOAT: pruned, "int8": whole, "int4": ops.pack_int4(whole)}[kind]
+        taken = sum(tensor.nbytes for tensor in sparse24.compress(stored, pattern))
+        assert weight.nbytes / taken == quantised_speed.NOMINAL[kind]
+
+
+@pytest.mark.parametrize("model", fashion.MODELS)
+def test_latency_and_bytes_of_each_row(model: str, tmp_path: Path) -> None:
+    subject = quantised_speed.MODELS[model]
+    torch.manual_seed(0)
+    dense, x = subject.load().eval(), subject.input()
+    contenders = dict(quantised_speed.contenders(dense, subject.skip, x))
+    for way, one in contenders.items():
+        base, name = way.split(", ", 1)
+        assert formats_of(one) == expected(base, name)
+    with torch.no_grad():
+        chained = contenders[f"2:4, {quantised_speed.CHAINED}"](x)
+        assert torch.equal(chained, contenders["2:4, int8 by percentile"](x))
+    found = quantised_speed.of(subject, 0.2)
+    assert [*found] == [*contenders]
+    products = [m.weight for m in dense.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+    weights = products[1:]  # all but the first layer is pruned
+    row = found["dense, float32"]
+    assert row["weights"] == sum(weight.nbytes for weight in weights)
+    assert row["resident"] == sum(tensor.nbytes for tensor in [*dense.parameters(), *dense.buffers()])
+    scales = 4 * sum(len(weight) for weight in weights)  # bytes of one for each output
+    for way, one in found.items():
+        smaller = row["weights"] / one["weights"]
+        assert quantised_speed.nominal(way) / 2 < smaller <= quantised_speed.nominal(way)
+        if one is not row:
+            assert row["resident"] - one["resident"] == row["weights"] - one["weights"]
+        if "by" in way:
+            assert one["weights"] >= row["weights"] / quantised_speed.nominal(way) + scales
+        assert 0 < one["latency_ms"]["p20"] <= one["latency_ms"]["median"] and one["gain"]["median"] > 0
+    by_token, by_percentile = (found[f"2:4, int8 by {how}"]["weights"] for how in ("token", "percentile"))
+    assert by_percentile == by_token + 4 * len(weights)  # and one for each layer
+    models = {model: found}
+    assert len(quantised_speed.markdown(models).splitlines()) == 3 + len(found)
+    plots.draw(plots.latencies, models, tmp_path / "plot.png")
