@@ -26,8 +26,8 @@ with warnings.catch_warnings():
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8]  # uint8: packed int4
 PATTERNS = ["2:4", "1:2", "pair 4:8"]
-ISAS = ["portable", "avx2", "avx512"]
-ISAS = ISAS[: 1 + max(i for i, isa in enumerate(ISAS) if ops.cpu_isa().startswith(isa))]
+ALL_ISAS = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
+ISAS = ALL_ISAS[: ALL_ISAS.index(ops.cpu_isa()) + 1][:3]  # beyond AVX-512 there is nothing for the format
 INF, NAN = math.inf, math.nan
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
