@@ -172,8 +172,8 @@ struct Expand<Element::I4_TWO_FOUR, Element::BF16> {
     for (int group = 0; group < 16; ++group) {
       const __m512i codes = _mm512_srli_epi32(_mm512_loadu_si512(chunk + group / 8 * CODES_BYTES), 4 * (group % 8));
       const __m512i eight = _mm512_loadu_si512(chunk + 2 * CODES_BYTES + group / 4 * 64);
-      const __m512i four = bytes_of_nibbles(eight, group / 2 % 2 == 1);
-      expand_halves(bf16_of_bytes<true>(four, group % 2 * 2), codes, group % 8, tiles + group / 8 * tile_step);
+      const __m512i quad = bytes_of_nibbles(eight, group / 2 % 2 == 1);
+      expand_halves(bf16_of_bytes<true>(quad, group % 2 * 2), codes, group % 8, tiles + group / 8 * tile_step);
     }
   }
 };
