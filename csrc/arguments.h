@@ -115,7 +115,7 @@ inline int64_t check_compressed(const Tensor& values, const Tensor& meta, int64_
           " for the dtype asked for; got ", name_of(values.scalar_type()));
   REQUIRE(meta.scalar_type() == ScalarType::Byte, "meta must be uint8; got ", name_of(meta.scalar_type()));
   const int64_t columns =
-      values_row_bytes(pattern, element, in_features) * 8 / (element == Element::I4 ? 8 : element_bits(element));
+      values_row_bytes(pattern, element, in_features) * 8 / (is_int4(element) ? 8 : element_bits(element));
   REQUIRE(values.dim() == 2 && values.size(1) == columns, "values must be [N, ", columns,
           "] for in_features = ", in_features, "; got ", shape_of(values));
   const int64_t rows = values.size(0), bytes = meta_row_bytes(pattern, in_features);

@@ -1,6 +1,8 @@
 // The rules for the operands of linear, each with its error.
 #include "csrc/operands.h"
 
+#include "csrc/cpu/linear/linear.h"
+
 namespace sparse24 {
 
 namespace {
@@ -53,12 +55,12 @@ const float* floats_of(const std::optional<Tensor>& tensor) {
 
 }  // namespace
 
-Element linear_element(const std::string& dtype) { return element_of(dtype); }
-
-Element values_element(const Tensor& values) { return element_of("values", values.scalar_type()); }
+Element linear_element(const std::string& dtype) {
+  return dtype == "int4-2:4" ? Element::I4_TWO_FOUR : element_of(dtype);
+}
 
 Element device_element(Element element) {
-  REQUIRE(element != Element::F32 && element != Element::I4,
+  REQUIRE(element != Element::F32 && !is_int4(element),
           "dtype must be float16, bfloat16 or int8 on a GPU: none of its kernels multiplies ",
           element == Element::F32 ? "float32; got float32" : "int4; got int4");
   return element;
@@ -68,7 +70,15 @@ bool is_float(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16;
 }
 
-bool is_integer(Element element) { return element == Element::I8 || element == Element::I4; }
+bool is_integer(Element element) { return element == Element::I8 || is_int4(element); }
+
+void check_group_size(int64_t group_size, Element element) {
+  constexpr int64_t QUANTUM = 64;  // columns of a chunk of the CPU's packed form
+  REQUIRE(group_size >= 0 && group_size % QUANTUM == 0, "group_size must be a positive multiple of ", QUANTUM,
+          ", or None; got ", group_size);
+  REQUIRE(group_size == 0 || is_integer(element), "group_size is for an int8 or int4 weight; got ", group_size,
+          " for another");
+}
 
 const uint8_t* packed_data(const Tensor& packed, int64_t bytes, int alignment, const std::string& dtype,
                            int64_t out_features, int64_t in_features) {
@@ -102,11 +112,13 @@ bool rows_are_regular(const Tensor& x, int64_t& stride) {
 
 ProductOperands::ProductOperands(ScalarType x_type_in, std::optional<Tensor> bias_in, std::optional<Tensor> scales_in,
                                  int64_t out_features_in, int64_t in_features_in, const std::string& dtype,
-                                 const std::string& activation_in, bool weight_only_in, const FusedOperands* fused)
+                                 const std::string& activation_in, bool weight_only_in, int64_t group_size_in,
+                                 const FusedOperands* fused)
     : bias(std::move(bias_in)),
       scales(std::move(scales_in)),
       element(linear_element(dtype)),
       weight_only(weight_only_in),
+      group_size(group_size_in),
       activation(activation_of(activation_in)),
       x_type(x_type_in),
       y_type(x_type_in),
@@ -117,6 +129,10 @@ ProductOperands::ProductOperands(ScalarType x_type_in, std::optional<Tensor> bia
           "; got ", name_of(x_type));
   if (fused) y_type = y_type_of(fused->out_dtype);
   REQUIRE(!weight_only || integer, "weight_only is for an int8 or int4 weight; got it for ", dtype);
+  REQUIRE(weight_only || element != Element::I4_TWO_FOUR,
+          "weight_only must be true for an int4 weight in 2:4: where x is rounded, kernels keep pairs of columns; got "
+          "false");
+  check_group_size(group_size, element);
   REQUIRE(!weight_only || !int8_x, "x must be of a float dtype with weight_only; got int8");
   REQUIRE(out_features >= 0, "out_features must not be negative; got ", out_features);
 
@@ -136,8 +152,10 @@ ProductOperands::ProductOperands(ScalarType x_type_in, std::optional<Tensor> bia
           integer ? "scales are required for an " + dtype + " weight; got none"
                   : "scales are for int8 and int4 weights alone; got some for another");
   if (scales) {
-    REQUIRE(scales->scalar_type() == ScalarType::Float && scales->dim() == 1 && scales->size(0) == out_features,
-            "scales must be float32 [", out_features, "]; got ", name_of(scales->scalar_type()), " ",
+    std::vector<int64_t> shape{out_features};
+    if (group_size) shape.insert(shape.begin(), cpu::scale_groups(in_features, group_size));
+    REQUIRE(scales->scalar_type() == ScalarType::Float && std::ranges::equal(scales->sizes(), shape),
+            "scales must be float32 ", shape_of(shape), "; got ", name_of(scales->scalar_type()), " ",
             shape_of(*scales));
     make_contiguous(scales);
   }
@@ -150,6 +168,7 @@ void ProductOperands::take(FusedOperands& fused, const std::vector<int64_t>& y_s
   if (plain_sums) {
     REQUIRE(int8_x, "out_dtype int32, the plain sums, needs an int8 x; got ", name_of(x_type));
     for (const auto& [name, given] : {std::pair{"bias", bias.has_value()},
+                                      {"group_size", group_size != 0},
                                       {"scales", scales.has_value()},
                                       {"x_scales", fused.x_scales.has_value()},
                                       {"residual", fused.residual.has_value()},
@@ -216,9 +235,10 @@ Epilogue ProductOperands::epilogue(const Tensor& y) const {
 
 LinearOperands::LinearOperands(const Tensor& x_in, std::optional<Tensor> bias_in, std::optional<Tensor> scales_in,
                                int64_t out_features_in, int64_t in_features_in, const std::string& dtype,
-                               const std::string& activation_in, bool weight_only_in, FusedOperands* fused)
+                               const std::string& activation_in, bool weight_only_in, int64_t group_size_in,
+                               FusedOperands* fused)
     : ProductOperands(x_in.scalar_type(), std::move(bias_in), std::move(scales_in), out_features_in, in_features_in,
-                      dtype, activation_in, weight_only_in, fused),
+                      dtype, activation_in, weight_only_in, group_size_in, fused),
       x(x_in) {
   const int64_t dims = x.dim();
   REQUIRE(dims >= 1 && x.size(dims - 1) == in_features, "x must be [..., ", in_features, "] to match weight [",
@@ -263,7 +283,7 @@ constexpr auto CHANNELS_LAST = torch::headeronly::MemoryFormat::ChannelsLast;
 // What `compress` makes of a conv weight, as the columns of a linear one.
 int64_t conv_features(const ConvGeometry& geometry, const std::string& dtype) {
   geometry.check();
-  const Pattern pattern = dtype == "int4" ? Pattern::PAIR_FOUR_EIGHT : Pattern::TWO_FOUR;
+  const Pattern pattern = cpu::pattern_of(linear_element(dtype));
   return geometry.kernel_size[0] * geometry.kernel_size[1] * group_columns(pattern) *
          group_count(pattern, geometry.in_channels / geometry.groups);
 }
@@ -278,7 +298,7 @@ ConvOperands::ConvOperands(const Tensor& x_in, std::optional<Tensor> bias_in, st
                            const ConvGeometry& geometry, const std::string& dtype, const std::string& activation_in,
                            bool weight_only_in, FusedOperands& fused)
     : ProductOperands(x_in.scalar_type(), std::move(bias_in), std::move(scales_in), geometry.out_channels,
-                      conv_features(geometry, dtype), dtype, activation_in, weight_only_in, &fused),
+                      conv_features(geometry, dtype), dtype, activation_in, weight_only_in, 0, &fused),
       x(x_in) {
   REQUIRE(x.dim() == 4 && x.size(1) == geometry.in_channels, "x must be [B, ", geometry.in_channels,
           ", H, W] for in_channels = ", geometry.in_channels, "; got ", shape_of(x));

@@ -8,12 +8,14 @@
 
 namespace sparse24 {
 
-// The element type of a weight that is multiplied: by its name, by its values.
+// The element type of a weight that is multiplied, by its name: a dtype, int4 being in pair 4:8; or "int4-2:4".
 Element linear_element(const std::string& dtype);
-Element values_element(const Tensor& values);
 Element device_element(Element element);  // the same, of a weight that is multiplied on a device
 bool is_float(ScalarType type);
 bool is_integer(Element element);
+
+// Refuses a number of columns that cannot share scales in a weight of this type; 0 is none.
+void check_group_size(int64_t group_size, Element element);
 
 // What `packed` must be; returns its data. `alignment` in bytes.
 const uint8_t* packed_data(const Tensor& packed, int64_t bytes, int alignment, const std::string& dtype,
@@ -33,6 +35,7 @@ struct ProductOperands {
   std::optional<Tensor> bias, scales, x_scales, residual, y_scale;
   Element element;  // of W
   bool weight_only;
+  int64_t group_size;  // columns of W that share scales, then [groups, out_features]; 0: all of them
   Activation activation;
   ScalarType x_type, y_type;
   int64_t tokens = 0, out_features, in_features;
@@ -45,7 +48,7 @@ struct ProductOperands {
   // Throws naming the first operand that does not fit, as do the others. `fused` null: y is of the type of x.
   ProductOperands(ScalarType x_type, std::optional<Tensor> bias, std::optional<Tensor> scales, int64_t out_features,
                   int64_t in_features, const std::string& dtype, const std::string& activation, bool weight_only,
-                  const FusedOperands* fused);
+                  int64_t group_size, const FusedOperands* fused);
   // An int8 x has one x_scale, or `scale_count`: "one a token".
   void take(FusedOperands& fused, const std::vector<int64_t>& y_shape, int64_t scale_count, const char* each);
 };
@@ -58,7 +61,7 @@ struct LinearOperands : ProductOperands {
 
   LinearOperands(const Tensor& x, std::optional<Tensor> bias, std::optional<Tensor> scales, int64_t out_features,
                  int64_t in_features, const std::string& dtype, const std::string& activation, bool weight_only,
-                 FusedOperands* fused = nullptr);
+                 int64_t group_size, FusedOperands* fused = nullptr);
 };
 
 // A convolution's geometry, one number for the height and one for the width.

@@ -30,22 +30,24 @@ STABLE_TORCH_LIBRARY(sparse24, m) {
   m.def("prune_compress(Tensor weight, str pattern) -> (Tensor values, Tensor meta)");
   m.def("decompress(Tensor values, Tensor meta, SymInt in_features, str dtype, str pattern) -> Tensor");
   m.def("validate(Tensor values, Tensor meta, SymInt in_features, str dtype, str pattern) -> ()");
-  m.def("pack(Tensor values, Tensor meta, SymInt in_features) -> Tensor");
-  m.def("packed_bytes(int out_features, int in_features, str dtype, str device=\"cpu\") -> int");
-  m.def("unpack(Tensor packed, SymInt out_features, SymInt in_features, str dtype) -> (Tensor values, Tensor meta)");
+  m.def("pack(Tensor values, Tensor meta, SymInt in_features, str dtype, int group_size=0) -> Tensor");
+  m.def("packed_bytes(int out_features, int in_features, str dtype, str device=\"cpu\", int group_size=0) -> int");
+  m.def(
+      "unpack(Tensor packed, SymInt out_features, SymInt in_features, str dtype, int group_size=0) -> "
+      "(Tensor values, Tensor meta)");
   // The same twice: an op with a registered autograd formula costs microseconds more a call (sparse24/ops.py chooses).
   m.def(
       "linear(Tensor x, Tensor packed, Tensor? bias, Tensor? scales, SymInt out_features, SymInt in_features, "
-      "str dtype, str activation, bool weight_only=False) -> Tensor");
+      "str dtype, str activation, bool weight_only=False, int group_size=0) -> Tensor");
   m.def(
       "linear_inference(Tensor x, Tensor packed, Tensor? bias, Tensor? scales, SymInt out_features, "
-      "SymInt in_features, str dtype, str activation, bool weight_only=False) -> Tensor");
+      "SymInt in_features, str dtype, str activation, bool weight_only=False, int group_size=0) -> Tensor");
   m.def(
       "linear_fused(Tensor x, Tensor packed, Tensor? bias, Tensor? scales, Tensor? x_scales, Tensor? residual, "
       "Tensor? y_scale, SymInt out_features, SymInt in_features, str dtype, str activation, bool weight_only, "
-      "str out_dtype) -> Tensor");
+      "str out_dtype, int group_size=0) -> Tensor");
   m.def("quantize(Tensor x, Tensor scale) -> Tensor");
-  m.def("conv2d_pack(Tensor values, Tensor meta, SymInt in_channels, int groups) -> Tensor");
+  m.def("conv2d_pack(Tensor values, Tensor meta, SymInt in_channels, int groups, str dtype) -> Tensor");
   m.def(
       "conv2d_unpack(Tensor packed, SymInt out_channels, SymInt in_channels, int[] kernel_size, int groups, "
       "str dtype) -> (Tensor values, Tensor meta)");
@@ -285,11 +287,13 @@ Tensor decompress(const Tensor& values, const Tensor& meta, int64_t in_features,
 
 // ---- Linear ----
 
-int64_t packed_bytes(int64_t out_features, int64_t in_features, std::string dtype, std::string device) {
+int64_t packed_bytes(int64_t out_features, int64_t in_features, std::string dtype, std::string device,
+                     int64_t group_size) {
   REQUIRE(out_features >= 0 && in_features >= 0, "out_features and in_features must not be negative; got ",
           out_features, " and ", in_features);
   const Element element = linear_element(dtype);
-  if (device != "cuda") return cpu::packed_bytes(element, out_features, in_features);
+  check_group_size(group_size, element);
+  if (device != "cuda") return cpu::packed_bytes(element, out_features, in_features, group_size);
   return packed::bytes(element_bits(device_element(element)), out_features, in_features);
 }
 
@@ -303,45 +307,48 @@ Tensor empty_packed(const Tensor& like, int64_t bytes) {
 uint8_t* bytes_of(const Tensor& tensor) { return static_cast<uint8_t*>(tensor.mutable_data_ptr()); }
 const uint8_t* const_bytes_of(const Tensor& tensor) { return static_cast<const uint8_t*>(tensor.const_data_ptr()); }
 
-Tensor pack(const Tensor& values, const Tensor& meta, int64_t in_features) {
-  const Element element = values_element(values);
+Tensor pack(const Tensor& values, const Tensor& meta, int64_t in_features, std::string dtype, int64_t group_size) {
+  const Element element = linear_element(dtype);
+  check_group_size(group_size, element);
   const int64_t rows = check_compressed(values, meta, in_features, element, cpu::pattern_of(element));
   const Tensor canonical_values = dense_rows(values), canonical_meta = dense_rows(meta);
-  const Tensor packed = empty_packed(values, cpu::packed_bytes(element, rows, in_features));
+  const Tensor packed = empty_packed(values, cpu::packed_bytes(element, rows, in_features, group_size));
   cpu::pack(const_bytes_of(canonical_values), const_bytes_of(canonical_meta), element, rows, in_features,
-            bytes_of(packed));
+            bytes_of(packed), group_size);
   return packed;
 }
 
 constexpr int ALIGNMENT = 64;  // of packed
 
-const uint8_t* check_packed(const Tensor& packed, const std::string& dtype, int64_t out_features, int64_t in_features) {
-  return packed_data(packed, packed_bytes(out_features, in_features, dtype, "cpu"), ALIGNMENT, dtype, out_features,
-                     in_features);
+const uint8_t* check_packed(const Tensor& packed, const std::string& dtype, int64_t out_features, int64_t in_features,
+                            int64_t group_size) {
+  return packed_data(packed, packed_bytes(out_features, in_features, dtype, "cpu", group_size), ALIGNMENT, dtype,
+                     out_features, in_features);
 }
 
-std::tuple<Tensor, Tensor> unpack(const Tensor& packed, int64_t out_features, int64_t in_features, std::string dtype) {
+std::tuple<Tensor, Tensor> unpack(const Tensor& packed, int64_t out_features, int64_t in_features, std::string dtype,
+                                  int64_t group_size) {
   const Element element = linear_element(dtype);
   const Pattern pattern = cpu::pattern_of(element);
-  const uint8_t* data = check_packed(packed, dtype, out_features, in_features);
+  const uint8_t* data = check_packed(packed, dtype, out_features, in_features, group_size);
   const ScalarType type = storage_of(element);
   const int64_t columns =
-      values_row_bytes(pattern, element, in_features) * 8 / (element == Element::I4 ? 8 : element_bits(element));
+      values_row_bytes(pattern, element, in_features) * 8 / (is_int4(element) ? 8 : element_bits(element));
   Tensor values = empty_like_device(packed, {out_features, columns}, type);
   Tensor meta = empty_like_device(packed, {out_features, meta_row_bytes(pattern, in_features)}, ScalarType::Byte);
-  cpu::unpack(data, element, out_features, in_features, bytes_of(values), bytes_of(meta));
+  cpu::unpack(data, element, out_features, in_features, bytes_of(values), bytes_of(meta), group_size);
   return {values, meta};
 }
 
 Tensor multiply(const LinearOperands& in, const uint8_t* packed) {
   const Tensor y = empty_like_device(in.x, in.y_shape, in.y_type);
   linear_by_choice({in.x.const_data_ptr(), in.x_stride, element_of("x", in.x_type), packed, in.element, in.weight_only,
-                    in.in_features, in.epilogue(y)});
+                    in.in_features, in.epilogue(y), 0, in.group_size});
   return y;
 }
 
 Tensor linear_on(LinearOperands in, const Tensor& packed, const std::string& dtype) {
-  const uint8_t* const data = check_packed(packed, dtype, in.out_features, in.in_features);
+  const uint8_t* const data = check_packed(packed, dtype, in.out_features, in.in_features, in.group_size);
   if constexpr (HAS_DEVICE_CODE) {
     if (const Emulation* emulation = current_emulation()) return emulated_linear(*emulation, std::move(in), data);
   }
@@ -349,19 +356,21 @@ Tensor linear_on(LinearOperands in, const Tensor& packed, const std::string& dty
 }
 
 Tensor linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> bias, std::optional<Tensor> scales,
-              int64_t out_features, int64_t in_features, std::string dtype, std::string activation, bool weight_only) {
-  return linear_on({x, std::move(bias), std::move(scales), out_features, in_features, dtype, activation, weight_only},
-                   packed, dtype);
+              int64_t out_features, int64_t in_features, std::string dtype, std::string activation, bool weight_only,
+              int64_t group_size) {
+  return linear_on(
+      {x, std::move(bias), std::move(scales), out_features, in_features, dtype, activation, weight_only, group_size},
+      packed, dtype);
 }
 
 Tensor linear_fused(const Tensor& x, const Tensor& packed, std::optional<Tensor> bias, std::optional<Tensor> scales,
                     std::optional<Tensor> x_scales, std::optional<Tensor> residual, std::optional<Tensor> y_scale,
                     int64_t out_features, int64_t in_features, std::string dtype, std::string activation,
-                    bool weight_only, std::string out_dtype) {
+                    bool weight_only, std::string out_dtype, int64_t group_size) {
   FusedOperands fused{std::move(x_scales), std::move(residual), std::move(y_scale), std::move(out_dtype)};
-  return linear_on(
-      {x, std::move(bias), std::move(scales), out_features, in_features, dtype, activation, weight_only, &fused},
-      packed, dtype);
+  return linear_on({x, std::move(bias), std::move(scales), out_features, in_features, dtype, activation, weight_only,
+                    group_size, &fused},
+                   packed, dtype);
 }
 
 // ---- Convolution ----
@@ -375,13 +384,15 @@ cpu::ConvWeight conv_weight(Element element, int64_t out_channels, int64_t in_ch
 std::pair<std::vector<int64_t>, std::vector<int64_t>> conv_shapes(const cpu::ConvWeight& weight) {
   const Pattern pattern = cpu::pattern_of(weight.element);
   const int64_t slots = values_row_bytes(pattern, weight.element, weight.group_channels) * 8 /
-                        (weight.element == Element::I4 ? 8 : element_bits(weight.element));
+                        (is_int4(weight.element) ? 8 : element_bits(weight.element));
   const int64_t o = weight.out_channels, r = weight.kernel_height, s = weight.kernel_width;
   return {{o, r, s, slots}, {o, r, s, meta_row_bytes(pattern, weight.group_channels)}};
 }
 
-Tensor conv2d_pack(const Tensor& values, const Tensor& meta, int64_t in_channels, int64_t groups) {
-  const Element element = values_element(values);
+Tensor conv2d_pack(const Tensor& values, const Tensor& meta, int64_t in_channels, int64_t groups, std::string dtype) {
+  const Element element = linear_element(dtype);
+  REQUIRE(values.scalar_type() == storage_of(element), "values must be ", name_of(storage_of(element)), " for ", dtype,
+          "; got ", name_of(values.scalar_type()));
   REQUIRE(values.dim() == 4, "values must be [O, R, S, slots]; got ", shape_of(values));
   const std::vector<int64_t> kernel_size{values.size(1), values.size(2)};
   ConvGeometry{values.size(0), in_channels, kernel_size, {1, 1}, {0, 0}, {1, 1}, groups}.check();

@@ -4,7 +4,8 @@
 //   sums = x panel^T                                            aten's mm
 //   y = epilogue(sums)                                          in parallel over tokens
 //
-// Where y is x panel^T with at most a bias, aten writes it in place, all tokens at once.
+// With scale groups the sums are made group by group, and their totals finished. Where y is x panel^T with at most a
+// bias, aten writes it in place, all tokens at once.
 #include "csrc/ops_dense.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -84,6 +85,7 @@ class DenseProduct {
     batch_tokens_ = std::min<int64_t>(std::max(batch_tokens_, MIN_BATCH_TOKENS), call.epilogue.tokens);
     w_ = allocate(panel_blocks_ * BLOCK_ROWS * w_stride_ * element_bytes);
     if (!direct_) sums_ = allocate(batch_tokens_ * panel_blocks_ * BLOCK_ROWS * 4);
+    if (call.group_size) totals_ = allocate(batch_tokens_ * panel_blocks_ * BLOCK_ROWS * 4);
     if (in_slices()) slice_ = allocate(batch_tokens_ * panel_blocks_ * BLOCK_ROWS * 4);
     if (!x_in_place()) {
       x_ = allocate(batch_tokens_ * columns_ * element_bytes);
@@ -103,10 +105,14 @@ class DenseProduct {
       for (int64_t block = 0; block < blocks_; block += panel_blocks_) {
         const int64_t end = std::min(block + panel_blocks_, blocks_);
         decode(block, end);
-        multiply(first, last, block, end);
+        if (call_.group_size) {
+          multiply_groups(first, last, block, end);
+        } else {
+          multiply(first, last, block, end, 0, call_.in_features);
+        }
         if (direct_) continue;
-        cpu::finish_dense(call_, first, last, block, end, types_.sum, sums_.get(), (end - block) * BLOCK_ROWS,
-                          x_scales_.get());
+        cpu::finish_dense(call_, first, last, block, end, call_.group_size ? Number::F32 : types_.sum,
+                          call_.group_size ? totals_.get() : sums_.get(), (end - block) * BLOCK_ROWS, x_scales_.get());
       }
     }
   }
@@ -142,16 +148,46 @@ class DenseProduct {
                       });
   }
 
-  // sums [tokens, rows of the panel] of one batch and one panel, or that part of y.
-  void multiply(int64_t first, int64_t last, int64_t first_block, int64_t last_block) {
+  // totals [tokens, rows of the panel] of one batch and one panel.
+  void multiply_groups(int64_t first, int64_t last, int64_t first_block, int64_t last_block) {
+    const Epilogue& epilogue = call_.epilogue;
+    const int64_t rows = (last_block - first_block) * BLOCK_ROWS, column = first_block * BLOCK_ROWS;
+    const int64_t present = std::min<int64_t>(rows, epilogue.out_features - column);
+    const auto totals = reinterpret_cast<float*>(totals_.get());
+    std::fill_n(totals, (last - first) * rows, 0.0f);
+    for (int64_t group = 0; group < cpu::scale_groups(call_.in_features, call_.group_size); ++group) {
+      const int64_t begin = group * call_.group_size;
+      multiply(first, last, first_block, last_block, begin, std::min(begin + call_.group_size, call_.in_features));
+      const float* const scales = epilogue.scales + group * epilogue.out_features + column;
+      const auto add = [&](const auto* sums) {
+        cpu::parallel_for(0, last - first, 65536 / rows + 1, [&](int64_t from, int64_t to) {
+          for (int64_t token = from; token < to; ++token) {
+            for (int64_t n = 0; n < present; ++n) {
+              totals[token * rows + n] += static_cast<float>(sums[token * rows + n]) * scales[n];
+            }
+          }
+        });
+      };
+      if (types_.sum == Number::I32) {
+        add(reinterpret_cast<const int32_t*>(sums_.get()));
+      } else {
+        add(reinterpret_cast<const float*>(sums_.get()));
+      }
+    }
+  }
+
+  // sums [tokens, rows of the panel] of one batch and one panel, of columns [begin, end), or that part of y.
+  void multiply(int64_t first, int64_t last, int64_t first_block, int64_t last_block, int64_t begin, int64_t end) {
     const int64_t tokens = last - first, column = first_block * BLOCK_ROWS;
     int64_t rows = (last_block - first_block) * BLOCK_ROWS, stride = rows;
-    const int64_t width = call_.in_features, element_bytes = element_bits(types_.element) / 8;
+    const int64_t width = end - begin, element_bytes = element_bits(types_.element) / 8;
     const ScalarType type = storage_of(types_.element);
     const int64_t x_stride = x_in_place() ? call_.x_stride : columns_;
     const uint8_t* const x =
-        x_in_place() ? static_cast<const uint8_t*>(call_.x) + first * x_stride * element_bytes : x_.get();
-    if (in_slices()) return multiply_in_slices(tokens, rows);
+        (x_in_place() ? static_cast<const uint8_t*>(call_.x) + first * x_stride * element_bytes : x_.get()) +
+        begin * element_bytes;
+    const uint8_t* const w = w_.get() + begin * element_bytes;
+    if (in_slices()) return multiply_in_slices(tokens, rows, begin, end);
     const int64_t present = std::min<int64_t>(rows, call_.epilogue.out_features - column);
     void* sums = sums_.get();
     if (direct_) {
@@ -159,7 +195,7 @@ class DenseProduct {
       sums = static_cast<uint8_t*>(call_.epilogue.y) + column * element_bytes;
     }
     const Tensor a = matrix(x, tokens, width, x_stride, type);
-    const Tensor b = transposed(w_.get(), rows, width, w_stride_, type);
+    const Tensor b = transposed(w, rows, width, w_stride_, type);
     if (types_.element == Element::I8) {
       const Tensor out = matrix(sums, tokens, rows, stride, ScalarType::Int);
       STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__int_mm_out(out.get(), a.get(), b.get()));
@@ -178,19 +214,19 @@ class DenseProduct {
   }
 
   // Products of integers in floats: as many columns at a time as keep every sum exact.
-  void multiply_in_slices(int64_t tokens, int64_t rows) {
+  void multiply_in_slices(int64_t tokens, int64_t rows, int64_t begin, int64_t end) {
     const auto x = reinterpret_cast<const float*>(x_.get());
     const auto w = reinterpret_cast<const float*>(w_.get());
     const auto part = reinterpret_cast<const float*>(slice_.get());
     const auto sums = reinterpret_cast<int32_t*>(sums_.get());
     const Tensor out = matrix(part, tokens, rows, rows, ScalarType::Float);
-    for (int64_t k = 0; k < columns_; k += cpu::EXACT_COLUMNS) {
-      const int64_t width = std::min(cpu::EXACT_COLUMNS, columns_ - k);
+    for (int64_t k = begin; k < end; k += cpu::EXACT_COLUMNS) {
+      const int64_t width = std::min(cpu::EXACT_COLUMNS, end - k);
       const Tensor a = matrix(x + k, tokens, width, columns_, ScalarType::Float);
       const Tensor b = transposed(w + k, rows, width, w_stride_, ScalarType::Float);
       STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
-      cpu::parallel_for(0, tokens * rows, 65536, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) sums[i] = (k == 0 ? 0 : sums[i]) + static_cast<int32_t>(part[i]);
+      cpu::parallel_for(0, tokens * rows, 65536, [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) sums[i] = (k == begin ? 0 : sums[i]) + static_cast<int32_t>(part[i]);
       });
     }
   }
@@ -199,7 +235,7 @@ class DenseProduct {
   Types types_;
   int64_t columns_, blocks_;  // of W, filled up
   int64_t w_stride_, panel_blocks_, batch_tokens_;
-  Memory w_, x_, sums_, slice_;
+  Memory w_, x_, sums_, slice_, totals_;
   std::unique_ptr<float[]> x_scales_;
   bool direct_;
   const uint8_t* bias_ = nullptr;  // of the type of the sums, where aten adds it

@@ -172,8 +172,14 @@ Tensor decompress(const Tensor& values, const Tensor& meta, int64_t in_features,
   return decompress_on(OnDevice(values).machine, values, meta, in_features, element, kind);
 }
 
-Tensor pack(const Tensor& values, const Tensor& meta, int64_t in_features) {
-  const Element element = values_element(values);
+void check_no_groups(int64_t group_size) {
+  REQUIRE(group_size == 0, "group_size must be None on a GPU: none of its kernels takes scales of groups; got ",
+          group_size);
+}
+
+Tensor pack(const Tensor& values, const Tensor& meta, int64_t in_features, std::string dtype, int64_t group_size) {
+  check_no_groups(group_size);
+  const Element element = linear_element(dtype);
   check_compressed(values, meta, in_features, device_element(element), Pattern::TWO_FOUR);
   return pack_on(OnDevice(values).machine, dense_rows(values), dense_rows(meta), element, in_features);
 }
@@ -186,7 +192,9 @@ const uint8_t* check_packed(const Tensor& packed, const std::string& dtype, Elem
                      out_features, in_features);
 }
 
-std::tuple<Tensor, Tensor> unpack(const Tensor& packed, int64_t out_features, int64_t in_features, std::string dtype) {
+std::tuple<Tensor, Tensor> unpack(const Tensor& packed, int64_t out_features, int64_t in_features, std::string dtype,
+                                  int64_t group_size) {
+  check_no_groups(group_size);
   const Element element = linear_element(dtype);
   const uint8_t* const data = check_packed(packed, dtype, element, out_features, in_features);
   const int64_t groups = group_count(Pattern::TWO_FOUR, in_features);
@@ -201,6 +209,7 @@ std::tuple<Tensor, Tensor> unpack(const Tensor& packed, int64_t out_features, in
 }
 
 Tensor linear_on_cuda(LinearOperands in, const Tensor& packed, const std::string& dtype) {
+  check_no_groups(in.group_size);
   check_packed(packed, dtype, in.element, in.out_features, in.in_features);
   check_device("x", in.x, packed);
   if (in.bias) check_device("bias", *in.bias, packed);
@@ -215,20 +224,21 @@ Tensor linear_on_cuda(LinearOperands in, const Tensor& packed, const std::string
 }
 
 Tensor linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> bias, std::optional<Tensor> scales,
-              int64_t out_features, int64_t in_features, std::string dtype, std::string activation, bool weight_only) {
+              int64_t out_features, int64_t in_features, std::string dtype, std::string activation, bool weight_only,
+              int64_t group_size) {
   return linear_on_cuda(
-      {x, std::move(bias), std::move(scales), out_features, in_features, dtype, activation, weight_only}, packed,
-      dtype);
+      {x, std::move(bias), std::move(scales), out_features, in_features, dtype, activation, weight_only, group_size},
+      packed, dtype);
 }
 
 Tensor linear_fused(const Tensor& x, const Tensor& packed, std::optional<Tensor> bias, std::optional<Tensor> scales,
                     std::optional<Tensor> x_scales, std::optional<Tensor> residual, std::optional<Tensor> y_scale,
                     int64_t out_features, int64_t in_features, std::string dtype, std::string activation,
-                    bool weight_only, std::string out_dtype) {
+                    bool weight_only, std::string out_dtype, int64_t group_size) {
   FusedOperands fused{std::move(x_scales), std::move(residual), std::move(y_scale), std::move(out_dtype)};
-  return linear_on_cuda(
-      {x, std::move(bias), std::move(scales), out_features, in_features, dtype, activation, weight_only, &fused},
-      packed, dtype);
+  return linear_on_cuda({x, std::move(bias), std::move(scales), out_features, in_features, dtype, activation,
+                         weight_only, group_size, &fused},
+                        packed, dtype);
 }
 
 void force_linear_kernel(std::string kernel, int64_t splits) {
@@ -274,6 +284,7 @@ std::string device_problem(int64_t device, Element element) {
 // ---- The emulator ----
 
 Tensor emulated_linear(const Emulation& emulation, LinearOperands in, const uint8_t* packed) {
+  check_no_groups(in.group_size);
   const cuda::EmulatedMachine machine = emulation.machine();
   const Element element = device_element(in.element);
   check_features(in.out_features, in.in_features);

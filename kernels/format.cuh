@@ -17,10 +17,16 @@ namespace sparse24 {
 
 enum class Pattern { TWO_FOUR, ONE_TWO, PAIR_FOUR_EIGHT };
 
-enum class Element { F32, F16, BF16, I8, I4 };  // I4 is two's complement, two columns a byte, the even column low
+// I4 is two's complement, two columns a byte, the even column low. Where an element alone tells what a product
+// multiplies by, I4 is a weight in pair 4:8 and I4_TWO_FOUR one in 2:4; as a type of numbers it is I4 whatever keeps
+// them.
+enum class Element { F32, F16, BF16, I8, I4, I4_TWO_FOUR };
 
+SPARSE24_INLINE constexpr bool is_int4(Element element) {
+  return element == Element::I4 || element == Element::I4_TWO_FOUR;
+}
 SPARSE24_INLINE constexpr int element_bits(Element element) {
-  return element == Element::F32 ? 32 : element == Element::I8 ? 8 : element == Element::I4 ? 4 : 16;
+  return element == Element::F32 ? 32 : element == Element::I8 ? 8 : is_int4(element) ? 4 : 16;
 }
 
 // Columns in one group.

@@ -9,6 +9,8 @@ enum class Number : int32_t { F32, F16, BF16, I8, I32 };  // of an element of y,
 
 // What becomes of a sum of products, for output feature n of token m, in float32, one operation after the other:
 //   v = sum * (x_scales[m] * scales[n])    where there are scales
+//   v = total * x_scales[m]                where groups of columns have scales of their own: total = 0, then for each
+//                                          group, in order, total = total + (sum of the group) * scales[group, n]
 //   v = v + bias[n] + residual[m, n]       as far as given
 //   v = activation(v)
 //   y = v rounded to nearest even; for I8: clamp(rne(v / *y_scale), -127, 127), a NaN becomes 0
@@ -17,7 +19,7 @@ struct Epilogue {
   void* y;                // [tokens, out_features]
   const void* bias;       // [out_features], or null
   const void* residual;   // [tokens, out_features], or null
-  const float* scales;    // [out_features] of an int8 weight, else null
+  const float* scales;    // [out_features], or [groups, out_features], of an integer weight, else null
   const float* x_scales;  // [tokens], or [1] with x_scale_step 0; null as `scales`
   const float* y_scale;   // [1] for I8, else null
   int64_t y_stride;       // elements between rows

@@ -13,6 +13,8 @@ from sparse24.support import WANTS_GRADIENT, autocast_dtype
 
 MIN_CHANNELS = 4  # of a group of the convolution: a group of the pattern
 AXES = ("channels", "patch")
+# Groups of columns would be groups of input channels at each kernel position, which no kernel sums apart.
+GROUPS_OF_LINEAR = "scales of groups are for linear layers and patch convolutions"
 
 
 def as_matrix(weight: Tensor, axis: str) -> Tensor:
@@ -74,10 +76,10 @@ def integer_conv2d(
     """What the integer kernels make of x [B, C, H, W], float32: rounded by x_scale, or by image (patch: by patch)."""
     if axis == "patch":
         patches = patches_of(x, weight.q.shape[2:])
-        flat = Rounded(*(part.flatten(1) for part in weight))
+        flat = Rounded(weight.q.flatten(1), weight.scale.flatten(1), weight.value.flatten(1), weight.group_size)
         return linear(round_x(patches, x_scale), flat, bias).permute(0, 3, 1, 2)
-    q, scale, value = round_x(x.flatten(1), x_scale)
-    images = Rounded(q.view(x.shape), scale.view(-1, 1, 1, 1), value.view(x.shape))
+    flat = round_x(x.flatten(1), x_scale)
+    images = Rounded(flat.q.view(x.shape), flat.scale.view(-1, 1, 1, 1), flat.value.view(x.shape))
     return conv2d(images, weight, bias, **geometry)
 
 
@@ -90,13 +92,16 @@ class SparseConv2d(SparseModule):
             "patch": of four adjacent columns of W as [out_channels, C * R * S]; for kernels that meet each pixel once
             (kernel = stride, no padding): the product is a linear one over patches.
     values: [out_channels, R, S, 2 * G], G = ceil(in_channels / groups / 4); patch: [out_channels, 2 * G],
-            G = ceil(C * R * S / 4). `dtype`, or int8; int4 uint8 with G of eight columns. Unpacked layers only.
+            G = ceil(C * R * S / 4). `dtype`, or int8; int4 uint8 with G of eight columns (in 2:4: G, of four).
+            Unpacked layers only.
     meta:   the same with ceil(G / 2) uint8, two 2-bit column codes a group. Unpacked layers only.
-    scales: [out_channels] float32, one per output channel of an integer weight, else None.
+    scales: [out_channels] float32, one per output channel of an integer weight, or of axis "patch" [groups,
+            out_channels], where group_size columns share one; else None.
 
     stride, padding ("same" and "valid" too), dilation, groups, padding_mode: as nn.Conv2d.
-    weight_dtype: None for `dtype`, or torch.int8 or torch.int4 (pattern "pair 4:8"); then each image of x (patch: each
-    patch) is rounded to int8 by one scale as well, unless weight_only; by x_scale where x_rounding is "tensor".
+    weight_dtype: None for `dtype`, or torch.int8 or torch.int4 (pattern "pair 4:8", or with weight_only any); then each
+    image of x (patch: each patch) is rounded to int8 by one scale as well, unless weight_only; by x_scale where
+    x_rounding is "tensor".
     Everything else is as for SparseLinear: training of `values`, pack(), state, errors. There are kernels for the CPU
     alone: elsewhere, and within emulate(), the layer runs dense, and report() says so.
     """
@@ -119,6 +124,7 @@ class SparseConv2d(SparseModule):
         weight_only: bool = False,
         x_rounding: str = "token",
         int8_y: bool = False,
+        group_size: int | None = None,
         axis: str = "channels",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
@@ -144,7 +150,8 @@ class SparseConv2d(SparseModule):
         if axis == "channels" and in_channels // groups < MIN_CHANNELS:
             raise RuntimeError(f"in_channels / groups must be at least 4; got {in_channels} / {groups}")
         self._inner_padding, self._outer_padding = split_padding(dense)
-        self._create(bias, pattern, activation, weight_dtype, weight_only, x_rounding, int8_y, device, dtype)
+        rounding = (weight_dtype, weight_only, x_rounding, int8_y, group_size)
+        self._create(bias, pattern, activation, *rounding, device, dtype)
 
     @classmethod
     def from_dense(
@@ -157,11 +164,13 @@ class SparseConv2d(SparseModule):
         weight_only: bool = False,
         scales: Tensor | None = None,
         x_scale: Tensor | float | None = None,
+        group_size: int | None = None,
         axis: str | None = None,
     ) -> Self:
         """An unpacked SparseConv2d with the weight of `conv`, copied (and rounded); its dtype, device and mode.
 
-        scales: by which an integer weight is rounded, [out_channels]; by default that of each channel's largest.
+        scales: by which an integer weight is rounded, [out_channels], or [groups, out_channels] with a group_size; by
+        default that of the largest weight that shares it.
         x_scale: by which x is rounded; by default each image (patch) by its own.
         axis: by default "channels", and "patch" for a patch convolution of fewer than four channels.
         Raises RuntimeError naming row, group and values where the weight does not fit the pattern; nothing is dropped.
@@ -184,6 +193,7 @@ class SparseConv2d(SparseModule):
             weight_dtype=weight_dtype,
             weight_only=weight_only,
             x_rounding="token" if x_scale is None else "tensor",
+            group_size=group_size,
             axis=axis or axis_by_default,
             device="meta",
             dtype=conv.weight.dtype,
@@ -219,13 +229,21 @@ class SparseConv2d(SparseModule):
 
     def _pack(self, values: Tensor, meta: Tensor) -> Tensor:
         if self.axis == "patch":
-            return ops.pack(values, meta, in_features=self._features())
-        return ops.conv2d_pack(values, meta, in_channels=self.in_channels, groups=self.groups)
+            size = self.group_size
+            return ops.pack(values, meta, in_features=self._features(), pattern=self.pattern, group_size=size)
+        sizes = {"in_channels": self.in_channels, "groups": self.groups}
+        return ops.conv2d_pack(values, meta, **sizes, pattern=self.pattern)
 
     def _unpack(self, packed: Tensor) -> tuple[Tensor, Tensor]:
         if self.axis == "patch":
-            sizes = {"out_features": self.out_channels, "in_features": self._features()}
-            return ops.unpack(packed, **sizes, dtype=self.weight_dtype)
+            return ops.unpack(
+                packed,
+                out_features=self.out_channels,
+                in_features=self._features(),
+                dtype=self.weight_dtype,
+                pattern=self.pattern,
+                group_size=self.group_size,
+            )
         return ops.conv2d_unpack(
             packed,
             out_channels=self.out_channels,
@@ -233,7 +251,13 @@ class SparseConv2d(SparseModule):
             kernel_size=self.kernel_size,
             groups=self.groups,
             dtype=self.weight_dtype,
+            pattern=self.pattern,
         )
+
+    def _check_group_size(self, group_size: int | None, integer: bool) -> None:
+        super()._check_group_size(group_size, integer)
+        if group_size is not None and self.axis != "patch":
+            raise RuntimeError(f"{GROUPS_OF_LINEAR}; got group_size {group_size} for axis {self.axis!r}")
 
     def _why_canonical(self, device: torch.device) -> str:
         no_kernel = "" if device.type in ("cpu", "meta") else f"there is no sparse convolution on {device.type}"
@@ -277,6 +301,7 @@ class SparseConv2d(SparseModule):
             dilation=self.dilation,
             groups=self.groups,
             dtype=self.weight_dtype,
+            pattern=self.pattern,
             activation=self.activation,
             weight_only=self.weight_only,
             x_scales=x_scale,
@@ -295,6 +320,8 @@ class SparseConv2d(SparseModule):
             out_features=self.out_channels,
             in_features=self._features(),
             dtype=self.weight_dtype,
+            pattern=self.pattern,
+            group_size=self.group_size,
             activation=self.activation,
             weight_only=self.weight_only,
             x_scales=x_scale,

@@ -55,6 +55,7 @@ def convert(model: nn.Module) -> Report[Outcome]:
         detail = reason
         if not reason and isinstance(layer, SparseModule):
             detail = f"{layer.pattern} {layer.weight_dtype}".replace("torch.", "")
+            detail += "" if layer.group_size is None else f" in groups of {layer.group_size}"
             detail += ", weights only" if layer.weight_only else ""
             detail += ", x by tensor" if layer.x_rounding == "tensor" else ""
             detail += f", axis={layer.axis}" if isinstance(layer, SparseConv2d) else ""
@@ -71,6 +72,7 @@ def _sparse_layer(layer: nn.Linear | nn.Conv2d, pattern: str, rounding: FakeQuan
     options: dict[str, Any] = {"pattern": pattern}
     if rounding is not None:
         options |= {"weight_dtype": rounding.dtype, "weight_only": rounding.weight_only}
+        options["group_size"] = rounding.group_size
         options |= {"scales": rounding.weight_scales(), "x_scale": rounding.activation_scale()}
     if isinstance(layer, nn.Conv2d):
         return SparseConv2d.from_dense(layer, **options).pack()

@@ -23,8 +23,8 @@ from sparse24.nn import SparseLinear
 from sparse24.sparse_module import SparseModule
 
 FORMAT_VERSION = 1
-_OPTIONS = ("pattern", "activation", "dtype", "weight_dtype", "weight_only", "x_rounding", "int8_y")
-_DEFAULTS = {"x_rounding": "token", "int8_y": False}  # files from before there were such lack them
+_OPTIONS = ("pattern", "activation", "dtype", "weight_dtype", "weight_only", "x_rounding", "int8_y", "group_size")
+_DEFAULTS = {"x_rounding": "token", "int8_y": False, "group_size": None}  # files from before there were such lack them
 _SIZES = {
     "linear": ("in_features", "out_features"),
     "conv2d": (

@@ -30,6 +30,17 @@ class _Names(dict[torch.dtype, str]):
     def __missing__(self, dtype: torch.dtype) -> str:
         return str(dtype)
 
+    def of_weight(self, dtype: torch.dtype, pattern: str | None) -> str:
+        """The same of a weight that products take in this pattern; by default int4 in pair 4:8, others in 2:4."""
+        name = self[dtype]
+        names = {"2:4": name, "1:2": name}
+        if name == "int4":
+            names = {"pair 4:8": name, "2:4": "int4-2:4", "1:2": "int4-2:4"}
+        if pattern is not None and pattern not in names:
+            rule = " or ".join(map(repr, names))
+            raise RuntimeError(f"pattern must be {rule} for a weight of {name}; got {pattern!r}")
+        return name if pattern is None else names[pattern]
+
 
 NAMES = _Names(
     {

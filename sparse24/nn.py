@@ -17,24 +17,25 @@ class SparseLinear(SparseModule):
 
     x:      [..., in_features] of the layer's `dtype`; any under autocast, which casts it. y: [..., out_features].
     values: [out_features, 2 * ceil(in_features / 4)], `dtype`, or int8 where weight_dtype is; for int4 uint8
-            [out_features, 2 * ceil(in_features / 8)]. Unpacked layers only.
+            [out_features, 2 * ceil(in_features / 8)], in 2:4 [out_features, ceil(in_features / 4)]. Unpacked only.
     meta:   [out_features, ceil(G / 2)] uint8 for G groups in a row, two 2-bit column codes a group. Unpacked only.
     bias:   [out_features], `dtype`, or None.
-    scales: [out_features] float32, one per row of an integer weight, else None. Stays float32 through .half().
+    scales: [out_features] float32, one per row of an integer weight, or [groups, out_features], where group_size
+            columns share one (the last group may have fewer); else None. Stays float32 through .half().
     x_scale: [] float32 where x_rounding is "tensor", else None. Stays float32 as well; y_scale, where int8_y, too.
     packed: one uint8 tensor in the order of the kernels of its device. Packed layers only.
 
-    pattern: "2:4", or the stricter "1:2"; of an int4 weight "pair 4:8". activation: "none", "relu", "gelu" (erf),
-    "gelu_tanh", "silu".
+    pattern: "2:4", or the stricter "1:2"; of an int4 weight "pair 4:8", or with weight_only any. activation: "none",
+    "relu", "gelu" (erf), "gelu_tanh", "silu".
     weight_dtype: None for `dtype`, or torch.int8 or torch.int4; then x is rounded to int8 per token as well
     (quantize_rows), unless weight_only. dtype: float32, float16 or bfloat16.
     x_rounding: "token", or "tensor": all x by x_scale, what is beyond 127 times it cut off, NaN as 0; an int8 x is
-    taken as rounded so. int8_y: y is int8, rounded by y_scale.
+    taken as rounded so. int8_y: y is int8, rounded by y_scale. group_size: None, or a multiple of 64.
 
     A new layer starts as nn.Linear does, pruned by magnitude, in canonical form: `values` can be trained, the pattern
     is fixed, and the product runs dense. `pack()` makes it sparse and fast; gradients then reach x and bias only. On
-    CUDA float32, int4 and weight_only stay dense, and so does what autocast would have in another dtype than the
-    weight's; report() tells.
+    CUDA float32, int4, weight_only and group_size stay dense, and so does what autocast would have in another dtype
+    than the weight's; report() tells.
     state_dict() and load_state_dict() speak the canonical form in both; of a packed layer it is a copy. Loading checks
     everything: state that is incomplete, of another dtype or shape, not finite in scales or illegal in meta is refused,
     and the layer stays as it was. Float dtypes must agree, save under assign=True, where the layer takes the state's.
@@ -55,13 +56,15 @@ class SparseLinear(SparseModule):
         weight_only: bool = False,
         x_rounding: str = "token",
         int8_y: bool = False,
+        group_size: int | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self._create(bias, pattern, activation, weight_dtype, weight_only, x_rounding, int8_y, device, dtype)
+        rounding = (weight_dtype, weight_only, x_rounding, int8_y, group_size)
+        self._create(bias, pattern, activation, *rounding, device, dtype)
 
     @classmethod
     def from_dense(
@@ -74,10 +77,12 @@ class SparseLinear(SparseModule):
         weight_only: bool = False,
         scales: Tensor | None = None,
         x_scale: Tensor | float | None = None,
+        group_size: int | None = None,
     ) -> Self:
         """An unpacked SparseLinear with the weight of `linear`, copied (and rounded); its dtype, device and mode.
 
-        scales: by which an integer weight is rounded, [out_features]; by default that of each row's largest.
+        scales: by which an integer weight is rounded, [out_features], or [groups, out_features] with a group_size; by
+        default that of the largest weight that shares it.
         x_scale: by which x is rounded; by default each token by its own.
         Raises RuntimeError naming row, group and values where the weight does not fit the pattern; nothing is dropped.
         """
@@ -90,6 +95,7 @@ class SparseLinear(SparseModule):
             weight_dtype=weight_dtype,
             weight_only=weight_only,
             x_rounding="token" if x_scale is None else "tensor",
+            group_size=group_size,
             device="meta",
             dtype=linear.weight.dtype,
         )
@@ -117,11 +123,18 @@ class SparseLinear(SparseModule):
         return nn.Linear(self.in_features, self.out_features, self.bias is not None, device="cpu", dtype=self.dtype)
 
     def _pack(self, values: Tensor, meta: Tensor) -> Tensor:
-        return ops.pack(values, meta, in_features=self.in_features)
+        size = self.group_size
+        return ops.pack(values, meta, in_features=self.in_features, pattern=self.pattern, group_size=size)
 
     def _unpack(self, packed: Tensor) -> tuple[Tensor, Tensor]:
-        sizes = {"out_features": self.out_features, "in_features": self.in_features}
-        return ops.unpack(packed, **sizes, dtype=self.weight_dtype)
+        return ops.unpack(
+            packed,
+            out_features=self.out_features,
+            in_features=self.in_features,
+            dtype=self.weight_dtype,
+            pattern=self.pattern,
+            group_size=self.group_size,
+        )
 
     def _why_canonical(self, device: torch.device) -> str:
         unsupported = self._unsupported() if device.type == "cuda" else ""
@@ -133,7 +146,9 @@ class SparseLinear(SparseModule):
             return FLOAT32_ON_CUDA
         if self.weight_dtype is INT4:
             return "int4 has no sparse kernel on CUDA"
-        return "weight_only has no sparse kernel on CUDA" if self.weight_only else ""
+        if self.weight_only:
+            return "weight_only has no sparse kernel on CUDA"
+        return "" if self.group_size is None else "scales of groups have no sparse kernel on CUDA"
 
     # ---- forward
 
@@ -154,6 +169,8 @@ class SparseLinear(SparseModule):
             out_features=self.out_features,
             in_features=self.in_features,
             dtype=self.weight_dtype,
+            pattern=self.pattern,
+            group_size=self.group_size,
             activation=self.activation,
             weight_only=self.weight_only,
         )
@@ -169,6 +186,7 @@ class SparseLinear(SparseModule):
             out_features=self.out_features,
             in_features=self.in_features,
             dtype=self.weight_dtype,
+            group_size=self.group_size,
             activation=self.activation,
             x_scales=x_scale,
             y_scale=self._buffers["y_scale"],

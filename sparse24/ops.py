@@ -102,19 +102,31 @@ def validate(
 # ---- Linear ----------------------------------------------------------------------------------------------------------
 
 
-def pack(values: Tensor, meta: Tensor, *, in_features: int) -> Tensor:
+def pack(
+    values: Tensor, meta: Tensor, *, in_features: int, pattern: str | None = None, group_size: int | None = None
+) -> Tensor:
     """The same weight in the order of the kernels of its device: one uint8 tensor, aligned to 64 bytes.
 
-    values: float32, float16, bfloat16 or int8, in 2:4 or 1:2; or uint8, which is int4 in pair 4:8. On CUDA float16,
-    bfloat16 or int8. Exact; unpack() is its inverse.
+    values: float32, float16, bfloat16 or int8, in 2:4 or 1:2; or uint8, which is int4. On CUDA float16, bfloat16 or
+    int8. Exact; unpack() is its inverse.
+    pattern: of int4, "pair 4:8" by default. One in "2:4" or "1:2" is for linear() with weight_only.
+    group_size: the columns that will share scales in linear(), as it says; not on CUDA.
     Metadata is not checked (validate() does that), yet whatever it holds, nothing is read or written out of bounds.
     """
-    return _ops.pack(values, meta, in_features)
+    return _ops.pack(values, meta, in_features, _NAMES.of_weight(values.dtype, pattern), group_size or 0)
 
 
-def unpack(packed: Tensor, *, out_features: int, in_features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """values, meta of a packed weight of element type `dtype`, exact to the bit."""
-    return _ops.unpack(packed, out_features, in_features, _NAMES[dtype])
+def unpack(
+    packed: Tensor,
+    *,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+    pattern: str | None = None,
+    group_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """values, meta of a packed weight of element type `dtype`, exact to the bit; arguments as for pack()."""
+    return _ops.unpack(packed, out_features, in_features, _NAMES.of_weight(dtype, pattern), group_size or 0)
 
 
 def linear(
@@ -126,6 +138,8 @@ def linear(
     out_features: int,
     in_features: int,
     dtype: torch.dtype,
+    pattern: str | None = None,
+    group_size: int | None = None,
     activation: str = "none",
     weight_only: bool = False,
     x_scales: Tensor | None = None,
@@ -136,10 +150,14 @@ def linear(
     """activation(x @ W.T + bias + residual) with W packed; x [..., in_features], any row stride.
 
     dtype: element type of W. x: float32, float16 or bfloat16; on CUDA a float W wants x in its own dtype.
+    pattern: of an int4 W, "pair 4:8" by default; "2:4" and "1:2" with weight_only.
     For int8 and int4 W, scales is float32 [out_features], and each row of x is quantised on the way:
     s = amax / 127 (1 for a row of zeros), q = clamp(round_half_even(x / s), -127, 127), y = sum(q * w) * (s * scales)
     + bias; a row that is not finite gives NaN. With weight_only x stays as it is: y = sum(x * w) * scales + bias; not
     on CUDA, nor is int4.
+    group_size: a multiple of 64, for int8 and int4 W: so many columns share scales, the last group perhaps fewer, and
+    scales is [ceil(in_features / group_size), out_features]. The total of the groups, in order, each rounded to float32
+    as it is scaled and as it is added, takes the place of sum * scales: y = total * s + bias. Not on CUDA.
     bias: [out_features], any float dtype. activation: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
     Returns y [..., out_features] in the dtype of x. Under autocast x is cast first, as for F.linear.
 
@@ -157,13 +175,15 @@ def linear(
     of y's dtype (weight_only: W with its scales); on the CPU a bfloat16 W rounds x to bfloat16 first. Dropped entries
     of W contribute nothing, so 0 * Inf there gives no NaN.
     """
+    name, columns = _NAMES[dtype] if pattern is None else _NAMES.of_weight(dtype, pattern), group_size or 0
     if residual is not None or out_dtype is not None or x_scales is not None or y_scale is not None:
-        weight = (packed, out_features, in_features, _NAMES[dtype], weight_only)
+        weight = (packed, out_features, in_features, name, weight_only, columns)
         return _linear_with(x, weight, bias, scales, x_scales, residual, y_scale, activation, out_dtype)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        y = _linear(x, packed, bias, scales, out_features, in_features, _NAMES[dtype], "none", weight_only)
+        y = _linear(x, packed, bias, scales, out_features, in_features, name, "none", weight_only, columns)
         return _activation(activation)(y)
-    return _linear_inference(x, packed, bias, scales, out_features, in_features, _NAMES[dtype], activation, weight_only)
+    sizes = (out_features, in_features)
+    return _linear_inference(x, packed, bias, scales, *sizes, name, activation, weight_only, columns)
 
 
 def _activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -174,7 +194,7 @@ def _activation(name: str) -> Callable[[Tensor], Tensor]:
 
 def _linear_with(
     x: Tensor,
-    weight: tuple[Tensor, int, int, str, bool],
+    weight: tuple[Tensor, int, int, str, bool, int],
     bias: Tensor | None,
     scales: Tensor | None,
     x_scales: Tensor | None,
@@ -183,13 +203,13 @@ def _linear_with(
     activation: str,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
-    packed, out_features, in_features, dtype, weight_only = weight
+    packed, out_features, in_features, dtype, weight_only, group_size = weight
     if _wants_gradient("linear", x, bias, x_scales, residual, y_scale, out_dtype):
-        y = _linear(x, packed, bias, scales, out_features, in_features, dtype, "none", weight_only)
+        y = _linear(x, packed, bias, scales, out_features, in_features, dtype, "none", weight_only, group_size)
         return _finished(y, residual, activation, out_dtype)
     name = _out_name(x, out_dtype)
-    sizes = (out_features, in_features, dtype)
-    return _linear_fused(x, packed, bias, scales, x_scales, residual, y_scale, *sizes, activation, weight_only, name)
+    fused = (x_scales, residual, y_scale, out_features, in_features, dtype)
+    return _linear_fused(x, packed, bias, scales, *fused, activation, weight_only, name, group_size)
 
 
 def _wants_gradient(
@@ -244,14 +264,16 @@ def quantize(x: Tensor, scale: Tensor) -> Tensor:
 # ---- Convolution -----------------------------------------------------------------------------------------------------
 
 
-def conv2d_pack(values: Tensor, meta: Tensor, *, in_channels: int, groups: int = 1) -> Tensor:
+def conv2d_pack(
+    values: Tensor, meta: Tensor, *, in_channels: int, groups: int = 1, pattern: str | None = None
+) -> Tensor:
     """A conv weight in the order of the CPU's kernels: one uint8 tensor, aligned to 64 bytes. Exact.
 
     values [out_channels, R, S, slots] and meta [out_channels, R, S, bytes] are compress() of each kernel position's
     channels, [out_channels * R * S, in_channels / groups]: groups of the pattern never straddle two positions. Dtypes
     and patterns as for pack(). conv2d_unpack() is the inverse.
     """
-    return _ops.conv2d_pack(values, meta, in_channels, groups)
+    return _ops.conv2d_pack(values, meta, in_channels, groups, _NAMES.of_weight(values.dtype, pattern))
 
 
 def conv2d_unpack(
@@ -262,9 +284,11 @@ def conv2d_unpack(
     kernel_size: tuple[int, int],
     groups: int = 1,
     dtype: torch.dtype,
+    pattern: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """values, meta of a packed conv weight of element type `dtype`, exact to the bit."""
-    return _ops.conv2d_unpack(packed, out_channels, in_channels, kernel_size, groups, _NAMES[dtype])
+    name = _NAMES.of_weight(dtype, pattern)
+    return _ops.conv2d_unpack(packed, out_channels, in_channels, kernel_size, groups, name)
 
 
 def conv2d(
@@ -281,6 +305,7 @@ def conv2d(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
     dtype: torch.dtype,
+    pattern: str | None = None,
     activation: str = "none",
     weight_only: bool = False,
     x_scales: Tensor | None = None,
@@ -294,13 +319,15 @@ def conv2d(
     [B, out_channels, OH, OW], channels last where the channels of x lie side by side, else contiguous. Zero padding.
     For int8 and int4 W each image of x is quantised by its own s = amax / 127 over the image (1 for zeros); an image
     that is not finite gives NaN. x_scales: float32 [], [1] or [B], of an int8 x.
-    Everything else is as for linear(), with in_features the products of an output: in_channels / groups * R * S.
+    Everything else is as for linear(), without group_size, and with in_features the products of an output:
+    in_channels / groups * R * S.
     """
     geometry = (out_channels, in_channels, kernel_size, stride, padding, dilation, groups)
+    name = _NAMES.of_weight(dtype, pattern)
     if _wants_gradient("conv2d", x, bias, x_scales, residual, y_scale, out_dtype):
-        plain = (None, None, None, *geometry, _NAMES[dtype], "none", weight_only, _out_name(x, None))
+        plain = (None, None, None, *geometry, name, "none", weight_only, _out_name(x, None))
         return _finished(_conv2d(x, packed, bias, scales, *plain), residual, activation, out_dtype)
-    fused = (x_scales, residual, y_scale, *geometry, _NAMES[dtype], activation, weight_only, _out_name(x, out_dtype))
+    fused = (x_scales, residual, y_scale, *geometry, name, activation, weight_only, _out_name(x, out_dtype))
     return _conv2d(x, packed, bias, scales, *fused)
 
 
@@ -315,13 +342,16 @@ def cpu_choice(
     out_features: int,
     in_features: int,
     weight_only: bool = False,
+    pattern: str | None = None,
 ) -> tuple[str, str]:
     """Which kernels linear() runs on this CPU for a packed weight of element type `dtype`, and why.
 
     The kernels are "perm", "gather", "amx" or "portable"; or "dense": the weight is decompressed, a few megabytes at a
     time, for torch's own product.
     """
-    return _ops.cpu_choice(_NAMES[dtype], weight_only, _NAMES[x_dtype], tokens, out_features, in_features)
+    return _ops.cpu_choice(
+        _NAMES.of_weight(dtype, pattern), weight_only, _NAMES[x_dtype], tokens, out_features, in_features
+    )
 
 
 @contextmanager

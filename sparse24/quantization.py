@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sparse24.conv import axis_of, integer_conv2d, pad, split_padding
+from sparse24.conv import GROUPS_OF_LINEAR, SparseConv2d, axis_of, integer_conv2d, pad, split_padding
 from sparse24.pruning import Mask, MaskRule, dense_class, mask_rule, reclass
 from sparse24.reporting import Found, Outcome, Report, own_parametrizations, parametrizations, product_layers
-from sparse24.rounding import LEVELS, Rounded, linear, quantize_rows, round_by, round_rows, round_x
+from sparse24.rounding import LEVELS, Rounded, linear, quantize_groups, quantize_rows, round_weight, round_x
 from sparse24.sparse_module import SparseModule
-from sparse24.support import INT4, autocast_dtype
+from sparse24.support import INT4, autocast_dtype, check_group_size
 
 ACTIVATIONS = ("token", "max", "percentile")
 PERCENTILE = 99.99
@@ -24,7 +24,8 @@ SMALLEST = 1e-30  # of a learnt scale
 class FakeQuantize(nn.Module):
     """Parametrisation of a weight, the last one: rounded to integers and back per output; and how x is rounded.
 
-    scales:  [outputs] float32, learnt, or None: those of each output's largest weight.
+    scales:  [outputs] float32, or [groups, outputs], where group_size columns share one; learnt, or None: those of the
+             largest weight that shares it.
     x_scale: [] float32 of all x, learnt or set, or None: each token by its own.
     Both stay float32 through .half(). What is learnt follows LSQ (Esser et al. 2020, arXiv 1902.08153).
     """
@@ -39,10 +40,12 @@ class FakeQuantize(nn.Module):
         scales: Tensor | None = None,
         x_scale: Tensor | None = None,
         learn: bool = False,
+        group_size: int | None = None,
     ) -> None:
         super().__init__()
         self.dtype = dtype
         self.weight_only = weight_only
+        self.group_size = group_size
         self.register_parameter("scales", nn.Parameter(scales) if scales is not None else None)
         if x_scale is not None and learn:
             self.x_scale = nn.Parameter(x_scale)
@@ -50,18 +53,14 @@ class FakeQuantize(nn.Module):
             self.register_buffer("x_scale", x_scale)
 
     def weight_scales(self) -> Tensor | None:
-        """What weights are divided by, [outputs]: positive, whatever the optimiser made of `scales`."""
+        """What weights are divided by, of the shape of `scales`: positive, whatever the optimiser made of those."""
         return None if self.scales is None else self.scales.abs().clamp_min(SMALLEST)
 
     def activation_scale(self) -> Tensor | None:
         return None if self.x_scale is None else self.x_scale.abs().clamp_min(SMALLEST)
 
     def rounded(self, weight: Tensor) -> Rounded:
-        shape, levels, scales = weight.shape, LEVELS[self.dtype], self.weight_scales()
-        if scales is not None:
-            return round_by(weight, scales.view(-1, *[1] * (weight.dim() - 1)), levels)
-        q, scale, value = round_rows(weight.flatten(1), levels)
-        return Rounded(q.view(shape), scale.view(-1, *[1] * (weight.dim() - 1)), value.view(shape))
+        return round_weight(weight, self.weight_scales(), LEVELS[self.dtype], self.group_size)
 
     def forward(self, weight: Tensor) -> Tensor:
         return self.rounded(weight).value.to(weight.dtype)
@@ -77,10 +76,11 @@ class FakeQuantize(nn.Module):
         return super()._apply(move, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def extra_repr(self) -> str:
+        groups = "" if self.group_size is None else f", group_size={self.group_size}"
         if self.weight_only:
-            return f"dtype={self.dtype}, weight_only=True"
+            return f"dtype={self.dtype}{groups}, weight_only=True"
         learnt = ", learnt scales" if self.scales is not None else ""
-        return f"dtype={self.dtype}, x_rounding={'token' if self.x_scale is None else 'tensor'}{learnt}"
+        return f"dtype={self.dtype}{groups}, x_rounding={'token' if self.x_scale is None else 'tensor'}{learnt}"
 
 
 # ---- Forward in whole numbers ----------------------------------------------------------------------------------------
@@ -130,6 +130,7 @@ def quantize(
     model: nn.Module,
     dtype: torch.dtype = torch.int8,
     *,
+    group_size: int | None = None,
     weight_only: bool = False,
     activations: str = "token",
     calibration: Iterable[Any] | None = None,
@@ -145,7 +146,9 @@ def quantize(
     integers it used. A sparse layer, after convert(), is rounded at once. The rule is rounding.quantize_rows. Other
     layers are left alone.
     dtype: torch.int8, or torch.int4, whose weights must be pruned to "pair 4:8": int4 kernels keep pairs of columns.
-    weight_only: activations stay as they are.
+    group_size: so many columns of the pruned matrix, a multiple of 64, share a scale, the last group perhaps fewer; by
+    default all of an output. For linear layers and patch convolutions.
+    weight_only: activations stay as they are; int4 weights may have any pattern then.
     activations: "token": each token, or image of a convolution, by its own largest value, as it comes. "max" and
     "percentile": all by one scale of the layer, which is observed now over the batches of `calibration` (as for
     prune), in one pass through the model as it is: of the largest |x|, or of the |x| that `percentile` % of all do not
@@ -158,8 +161,10 @@ def quantize(
     Raises RuntimeError for arguments that do not fit each other, and for inputs that are not finite in calibration.
     """
     _check(dtype, weight_only, activations, calibration, percentile, learn_scales, reprune)
+    check_group_size(group_size, True)
     every = list(product_layers(model))
-    reasons = {found.name: _why_not(found, dtype, reprune, learn_scales, unpruned) for found in every}
+    options = (weight_only, group_size, reprune, learn_scales, unpruned)
+    reasons = {found.name: _why_not(found, dtype, *options) for found in every}
     layers = {found.name: found.module for found in every if not reasons[found.name]}
     before = [_reprune(layer) for layer in layers.values() if reprune and mask_rule(layer) is not None]
     x_scales: dict[str, Tensor] = {}
@@ -180,13 +185,14 @@ def quantize(
         layer, reason, detail = found.module, reasons[found.name], ""
         x_scale = x_scales.get(found.name)
         if not reason and isinstance(layer, SparseModule):
-            reason, detail = _quantize_sparse(layer, dtype, weight_only, x_scale), f"{layer.pattern} {name}"
+            reason, detail = _quantize_sparse(layer, dtype, weight_only, x_scale, group_size), f"{layer.pattern} {name}"
         elif not reason and isinstance(layer, (nn.Linear, nn.Conv2d)):
-            _quantize_dense(layer, dtype, weight_only, x_scale, learn_scales)
+            _quantize_dense(layer, dtype, weight_only, x_scale, learn_scales, group_size)
             detail = f"{name} rounding in training" + (", dense" if mask_rule(layer) is None else "")
         rows.append(Outcome(found.name, found.shape, "skipped" if reason else "quantized", reason or detail))
-    options = ", weights only" if weight_only else "" if activations == "token" else f", activations by {activations}"
-    return Report(f"quantize to {name}{options}", rows)
+    how = "" if group_size is None else f" in groups of {group_size}"
+    how += ", weights only" if weight_only else "" if activations == "token" else f", activations by {activations}"
+    return Report(f"quantize to {name}{how}", rows)
 
 
 def _check(
@@ -213,9 +219,19 @@ def _check(
         raise RuntimeError(f"reprune is for torch.int4, which needs another pattern; got {dtype}")
 
 
-def _why_not(found: Found, dtype: torch.dtype, reprune: bool, learn_scales: bool, unpruned: bool) -> str:
+def _why_not(
+    found: Found,
+    dtype: torch.dtype,
+    weight_only: bool,
+    group_size: int | None,
+    reprune: bool,
+    learn_scales: bool,
+    unpruned: bool,
+) -> str:
     """Why quantize() leaves a layer alone, or ""."""
     layer = found.module
+    if group_size is not None and _axis(layer) == "channels":
+        return f"{GROUPS_OF_LINEAR}, not for convolutions along channels"
     if isinstance(layer, SparseModule):
         if layer.weight_dtype in LEVELS:
             return f"it is {str(layer.weight_dtype).removeprefix('torch.')} already"
@@ -228,7 +244,7 @@ def _why_not(found: Found, dtype: torch.dtype, reprune: bool, learn_scales: bool
     if rule is None:
         return "" if unpruned else "it is not pruned: only sparse layers run in integers"
     pattern = rule.pattern
-    if (dtype is INT4) == (pattern == "pair 4:8"):
+    if (dtype is INT4) == (pattern == "pair 4:8") or (dtype is INT4 and weight_only):
         return ""
     if dtype is not INT4:
         return f"it is pruned to {pattern}: int8 takes 2:4 or 1:2, not pair 4:8"
@@ -249,21 +265,39 @@ def _reprune(layer: nn.Module) -> tuple[parametrize.ParametrizationList, int, nn
     return stack, place, rule
 
 
-def _quantize_sparse(layer: SparseModule, dtype: torch.dtype, weight_only: bool, x_scale: Tensor | None) -> str:
+def _axis(layer: nn.Module) -> str:
+    """Along which a convolution is cut into groups; "" for another layer."""
+    if isinstance(layer, SparseConv2d):
+        return layer.axis
+    return axis_of(layer)[0] if isinstance(layer, nn.Conv2d) else ""
+
+
+def _quantize_sparse(
+    layer: SparseModule, dtype: torch.dtype, weight_only: bool, x_scale: Tensor | None, group_size: int | None
+) -> str:
     try:
-        layer.quantize(dtype, weight_only=weight_only, x_scale=x_scale)
+        layer.quantize(dtype, weight_only=weight_only, x_scale=x_scale, group_size=group_size)
     except RuntimeError as error:
         return str(error)
     return ""
 
 
 def _quantize_dense(
-    layer: nn.Linear | nn.Conv2d, dtype: torch.dtype, weight_only: bool, x_scale: Tensor | None, learn: bool
+    layer: nn.Linear | nn.Conv2d,
+    dtype: torch.dtype,
+    weight_only: bool,
+    x_scale: Tensor | None,
+    learn: bool,
+    group_size: int | None,
 ) -> None:
     scales = None
     if learn:
-        scales = quantize_rows(layer.weight.detach().float().flatten(1), LEVELS[dtype])[1].squeeze(1)
-    rule = FakeQuantize(dtype, weight_only, scales, x_scale, learn).to(layer.weight.device)
+        rows = layer.weight.detach().float().flatten(1)
+        if group_size is None:
+            scales = quantize_rows(rows, LEVELS[dtype])[1].squeeze(1)
+        else:
+            scales = quantize_groups(rows, group_size, LEVELS[dtype])[1].T.contiguous()
+    rule = FakeQuantize(dtype, weight_only, scales, x_scale, learn, group_size).to(layer.weight.device)
     parametrize.register_parametrization(layer, "weight", rule)
     if not weight_only:
         reclass(layer, dense_class(layer), forward=_conv2d_forward if isinstance(layer, nn.Conv2d) else _linear_forward)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input
 
 from sparse24.library import NAMES, ops
+from sparse24.rounding import of_columns
 
 # ---- The format ------------------------------------------------------------------------------------------------------
 
@@ -49,7 +50,7 @@ def _compressed_shapes(
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     columns, kept = (8, 4) if pattern == "pair 4:8" else (4, 2)
     groups = (in_features + columns - 1) // columns
-    return (rows, groups * kept // (2 if dtype == "int4" else 1)), (rows, (groups + 1) // 2)
+    return (rows, groups * kept // (2 if dtype.startswith("int4") else 1)), (rows, (groups + 1) // 2)
 
 
 def _check_compressed(values: Tensor, meta: Tensor, in_features: int, dtype: str, pattern: str) -> None:
@@ -98,14 +99,14 @@ def _(values: Tensor, meta: Tensor, in_features: int, dtype: str, pattern: str) 
 
 
 @torch.library.register_fake("sparse24::pack")
-def _(values: Tensor, meta: Tensor, in_features: int) -> Tensor:
-    _check_compressed(values, meta, in_features, NAMES[values.dtype], _packed_pattern(NAMES[values.dtype]))
-    size = ops.packed_bytes(int(values.shape[0]), int(in_features), NAMES[values.dtype], values.device.type)
+def _(values: Tensor, meta: Tensor, in_features: int, dtype: str, group_size: int = 0) -> Tensor:
+    _check_compressed(values, meta, in_features, dtype, _packed_pattern(dtype))
+    size = ops.packed_bytes(int(values.shape[0]), int(in_features), dtype, values.device.type, group_size)
     return values.new_empty((size,), dtype=torch.uint8)
 
 
 @torch.library.register_fake("sparse24::unpack")
-def _(packed: Tensor, out_features: int, in_features: int, dtype: str) -> tuple[Tensor, Tensor]:
+def _(packed: Tensor, out_features: int, in_features: int, dtype: str, group_size: int = 0) -> tuple[Tensor, Tensor]:
     values, meta = _compressed_shapes(out_features, in_features, _packed_pattern(dtype), dtype)
     return packed.new_empty(values, dtype=_storage(dtype)), packed.new_empty(meta)
 
@@ -116,7 +117,7 @@ def _packed_pattern(dtype: str) -> str:
 
 
 def _storage(dtype: str) -> torch.dtype:
-    storage: torch.dtype = torch.uint8 if dtype == "int4" else getattr(torch, dtype)
+    storage: torch.dtype = torch.uint8 if dtype.startswith("int4") else getattr(torch, dtype)
     return storage
 
 
@@ -150,6 +151,7 @@ def _(
     dtype: str,
     activation: str,
     weight_only: bool = False,
+    group_size: int = 0,
 ) -> Tensor:
     return x.new_empty(_y_shape(x, out_features, in_features))
 
@@ -169,6 +171,7 @@ def _(
     activation: str,
     weight_only: bool,
     out_dtype: str,
+    group_size: int = 0,
 ) -> Tensor:
     shape = _y_shape(x, out_features, in_features)
     return x.new_empty(shape, dtype=_fused_dtype(out_dtype, residual, shape))
@@ -191,10 +194,10 @@ def _conv_shapes(
 
 
 @torch.library.register_fake("sparse24::conv2d_pack")
-def _(values: Tensor, meta: Tensor, in_channels: int, groups: int) -> Tensor:
-    dtype = NAMES[values.dtype]
+def _(values: Tensor, meta: Tensor, in_channels: int, groups: int, dtype: str) -> Tensor:
     out_channels, height, width = map(int, values.shape[:3])
-    segment = -(-int(in_channels) // groups // 8) * 8 if dtype == "int4" else -(-int(in_channels) // groups // 4) * 4
+    columns = 8 if _packed_pattern(dtype) == "pair 4:8" else 4
+    segment = -(-int(in_channels) // groups // columns) * columns
     size = groups * ops.packed_bytes(out_channels // groups, height * width * segment, dtype, "cpu")
     return values.new_empty((size,), dtype=torch.uint8)
 
@@ -280,7 +283,7 @@ torch.library.register_autograd("sparse24::decompress", _decompress_backward, se
 
 
 def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, packed, bias, scales, ctx.out_features, ctx.in_features, ctx.dtype, activation, _ = inputs
+    _, packed, bias, scales, ctx.out_features, ctx.in_features, ctx.dtype, activation, _, ctx.group_size = inputs
     if activation != "none":
         raise RuntimeError("sparse24::linear is differentiated without its activation; call sparse24.ops.linear")
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -291,20 +294,23 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         packed, scales = ctx.saved_tensors
-        values, meta = ops.unpack(packed, ctx.out_features, ctx.in_features, ctx.dtype)
+        values, meta = ops.unpack(packed, ctx.out_features, ctx.in_features, ctx.dtype, ctx.group_size)
+        if scales is not None:
+            scales = of_columns(scales.T, ctx.in_features, ctx.group_size) if ctx.group_size else scales[:, None]
         weight = _dense_weight(values, meta, ctx.in_features, ctx.dtype, scales)
         grad_x = grad @ weight.to(grad.dtype)
     if ctx.needs_input_grad[2]:
         grad_bias = grad.reshape(-1, ctx.out_features).sum(0).to(ctx.bias_dtype)
-    return grad_x, None, grad_bias, *(None,) * 6
+    return grad_x, None, grad_bias, *(None,) * 7
 
 
 def _dense_weight(values: Tensor, meta: Tensor, in_features: int, dtype: str, scales: Tensor | None) -> Tensor:
-    """W [N, in_features] as numbers; float32 and scaled by rows where it is of integers."""
-    weight = ops.decompress(values, meta, in_features, dtype, _packed_pattern(dtype))
-    if dtype == "int4":
+    """W [N, in_features] as numbers; float32, times scales that broadcast, where it is of integers."""
+    int4 = dtype.startswith("int4")
+    weight = ops.decompress(values, meta, in_features, "int4" if int4 else dtype, _packed_pattern(dtype))
+    if int4:
         weight = unpack_int4(weight)[:, :in_features]
-    return weight if scales is None else weight * scales[:, None]
+    return weight if scales is None else weight * scales
 
 
 torch.library.register_autograd("sparse24::linear", _linear_backward, setup_context=_linear_context)
@@ -325,7 +331,8 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         packed, scales = ctx.saved_tensors
         out_channels, in_channels, kernel_size, stride, padding, dilation, groups = ctx.geometry
         values, meta = ops.conv2d_unpack(packed, out_channels, in_channels, kernel_size, groups, ctx.dtype)
-        position_scales = None if scales is None else scales.repeat_interleave(kernel_size[0] * kernel_size[1])
+        positions = kernel_size[0] * kernel_size[1]
+        position_scales = None if scales is None else scales.repeat_interleave(positions)[:, None]
         channels = in_channels // groups
         weight = _dense_weight(values.flatten(0, 2), meta.flatten(0, 2), channels, ctx.dtype, position_scales)
         weight = weight.view(out_channels, *kernel_size, channels).permute(0, 3, 1, 2)

@@ -225,8 +225,12 @@ def _cost(found: Found, seen: dict[int, tuple[str, str]]) -> Cost:
     gain = None
     if any(choice[0] != "dense" for choice in seen.values()) and layer.packed is not None:
         weight_bytes = 0.5 if layer.weight_dtype is INT4 else layer.weight_dtype.itemsize
-        gain = weights * weight_bytes / layer.packed.nbytes
-    dtype = _name(layer.weight_dtype) + (", weights only" if layer.weight_only else "")
+        shared = (
+            0 if layer.group_size is None or layer.scales is None else layer.scales.nbytes
+        )  # a dense one has them too
+        gain = (weights * weight_bytes + shared) / (layer.packed.nbytes + shared)
+    dtype = _name(layer.weight_dtype) + ("" if layer.group_size is None else f" in groups of {layer.group_size}")
+    dtype += ", weights only" if layer.weight_only else ""
     return Cost(found.name, found.shape, layer.pattern, dtype, tokens, kernel, reason, _bytes(layer), dense_bytes, gain)
 
 
@@ -257,6 +261,7 @@ def _choice(layer: SparseModule, x: Tensor | None, tokens: int) -> tuple[str, st
             out_features=shape[0] // layer.groups if isinstance(layer, SparseConv2d) else shape[0],
             in_features=math.prod(shape[1:]),
             weight_only=layer.weight_only,
+            pattern=layer.pattern,
         )
         if conv and kernel == "dense":
             kernel, why = "sparse", "of convolutions only products of pixels as they lie are handed over to dense ones"

@@ -36,6 +36,23 @@ def quantize_rows(x: Tensor, levels: int = 127) -> tuple[Tensor, Tensor]:
     return torch.round(x / scale).clamp(-levels, levels), scale
 
 
+def quantize_groups(x: Tensor, group_size: int, levels: int = 127) -> tuple[Tensor, Tensor]:
+    """quantize_rows of each group of group_size columns of x [N, K]: q [N, K] and scale [N, groups]; see in_groups."""
+    q, scale = quantize_rows(in_groups(x, group_size), levels)
+    return q.flatten(1)[:, : x.shape[1]], scale.squeeze(-1)
+
+
+def in_groups(x: Tensor, group_size: int) -> Tensor:
+    """x [N, K] as [N, groups, group_size], where zeros fill up the last group; one group at least."""
+    groups = max(1, -(-x.shape[1] // group_size))
+    return F.pad(x, (0, groups * group_size - x.shape[1])).view(len(x), groups, group_size)
+
+
+def of_columns(scale: Tensor, columns: int, group_size: int) -> Tensor:
+    """scale [N, groups], each as often as it has columns: [N, columns]."""
+    return scale.repeat_interleave(group_size, 1)[:, :columns]
+
+
 def scale_of(amax: Tensor, levels: int = 127) -> Tensor:
     """amax / levels; 1 for an amax of 0."""
     scale = amax / torch.full_like(amax, levels)  # by a tensor: CUDA multiplies by the reciprocal of a Python number
@@ -51,8 +68,9 @@ class Rounded(NamedTuple):
     """A tensor as whole numbers, and as the float32 that these stand for: q * scale, which gradients flow through."""
 
     q: Tensor  # int8
-    scale: Tensor  # float32, broadcasts against q
+    scale: Tensor  # float32, broadcasts against q; [N, groups] where the columns of a weight share it in groups
     value: Tensor
+    group_size: int | None = None
 
 
 def round_rows(x: Tensor, levels: int = 127) -> Rounded:
@@ -82,6 +100,25 @@ def round_x(x: Tensor, scale: Tensor | None) -> Rounded:
     if scale is not None and x.dtype is torch.int8:
         return Rounded(x, scale, x * scale)
     return round_rows(x) if scale is None else round_by(x, scale)
+
+
+def round_weight(weight: Tensor, scales: Tensor | None, levels: int, group_size: int | None = None) -> Rounded:
+    """A weight [N, ...] by round_rows, or by round_by and scales [N]; each group of columns by its own.
+
+    group_size: of columns of the weight as [N, K] that share a scale; scales are [groups, N] then. A group that is not
+    whole counts as whole in the gradient of its scale.
+    """
+    if group_size is None:
+        ones = [1] * (weight.dim() - 1)
+        if scales is not None:
+            return round_by(weight, scales.view(-1, *ones), levels)
+        rows = round_rows(weight.flatten(1), levels)
+        return Rounded(rows.q.view_as(weight), rows.scale.view(-1, *ones), rows.value.view_as(weight))
+    matrix = weight.flatten(1)
+    groups = in_groups(matrix, group_size)
+    each = round_rows(groups, levels) if scales is None else round_by(groups, scales.T.unsqueeze(-1), levels)
+    q, value = (part.flatten(1)[:, : matrix.shape[1]].reshape(weight.shape) for part in (each.q, each.value))
+    return Rounded(q, each.scale.squeeze(-1), value, group_size)
 
 
 class _Straight(torch.autograd.Function):
@@ -126,8 +163,12 @@ def fake_quantize(x: Tensor, levels: int = 127) -> Tensor:
 
 
 def linear(x: Rounded, weight: Rounded, bias: Tensor | None) -> Tensor:
-    """sums * (x.scale * weight.scale) + bias, float32; x [..., K] with scales [..., 1] or [], weight [N, K], [N, 1]."""
-    y: Tensor = _Linear.apply(x.value, weight.value, *x[:2], *weight[:2])  # type: ignore[no-untyped-call]
+    """sums * (x.scale * weight.scale) + bias, float32; x [..., K] with scales [..., 1] or [], weight [N, K], [N, 1].
+
+    Where columns share scales in groups, total * x.scale + bias: for each group, total = total + sums * its scale.
+    """
+    operands = (*x[:2], *weight[:2], weight.group_size)
+    y: Tensor = _Linear.apply(x.value, weight.value, *operands)  # type: ignore[no-untyped-call]
     return y if bias is None else y + bias.float()
 
 
@@ -135,21 +176,44 @@ class _Linear(torch.autograd.Function):
     """Of whole numbers and scales, with the gradients of what they stand for, the first two arguments."""
 
     @staticmethod
-    def forward(ctx: Any, _: Tensor, __: Tensor, x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        _: Tensor,
+        __: Tensor,
+        x: Tensor,
+        x_scale: Tensor,
+        w: Tensor,
+        w_scale: Tensor,
+        group_size: int | None,
+    ) -> Tensor:
         ctx.save_for_backward(x, x_scale, w, w_scale)
-        cuts = list(range(EXACT_PRODUCTS, x.shape[-1], EXACT_PRODUCTS))
-        pieces = (one.float().tensor_split(cuts, -1) for one in (x, w))
-        return _total([F.linear(*piece) for piece in zip(*pieces, strict=True)]) * (x_scale * w_scale.flatten())
+        ctx.group_size = group_size
+        if group_size is None:
+            return _sums(x, w) * (x_scale * w_scale.flatten())
+        total = x_scale.new_zeros(())
+        groups = zip(*(torch.split(one, group_size, -1) for one in (x, w)), w_scale.unbind(1), strict=True)
+        for x_columns, w_columns, scale in groups:
+            total = total + _sums(x_columns, w_columns) * scale
+        return total * x_scale
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, x_scale, w, w_scale = ctx.saved_tensors
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
+            if ctx.group_size is not None:
+                w_scale = of_columns(w_scale, w.shape[1], ctx.group_size)
             grad_x = grad @ (w * w_scale)
         if ctx.needs_input_grad[1]:
             grad_w = grad.reshape(-1, len(w)).mT @ (x * x_scale).reshape(-1, w.shape[1])
-        return grad_x, grad_w, None, None, None, None
+        return grad_x, grad_w, None, None, None, None, None
+
+
+def _sums(x: Tensor, w: Tensor) -> Tensor:
+    """Of the products of whole numbers, x [..., K] and w [N, K], exact and then rounded to float32 once."""
+    cuts = list(range(EXACT_PRODUCTS, x.shape[-1], EXACT_PRODUCTS))
+    pieces = (one.float().tensor_split(cuts, -1) for one in (x, w))
+    return _total([F.linear(*piece) for piece in zip(*pieces, strict=True)])
 
 
 def _total(sums: list[Tensor]) -> Tensor:

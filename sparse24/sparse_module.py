@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse24 import ops
-from sparse24.rounding import LEVELS, Rounded, quantize_by, quantize_rows
+from sparse24.rounding import LEVELS, Rounded, of_columns, quantize_by, quantize_groups, quantize_rows
 from sparse24.support import (
     FLOAT_TYPES,
     INT4,
@@ -20,6 +20,7 @@ from sparse24.support import (
     autocast_dtype,
     check_finite,
     check_float,
+    check_group_size,
     check_pattern,
     check_x_rounding,
     check_x_scale,
@@ -37,7 +38,8 @@ class SparseModule(nn.Module):
 
     values, meta: the canonical form. Unpacked layers only.
     bias:         [outputs], `dtype`, or None.
-    scales:       [outputs] float32, one per output of an integer weight, else None. Stays float32 through .half().
+    scales:       [outputs] float32, one per output of an integer weight, or [groups, outputs], where group_size columns
+                  share one; else None. Stays float32 through .half().
     x_scale:      [] float32, where x_rounding is "tensor": x is rounded to int8 by it. Else None.
     y_scale:      [] float32, where int8_y: y is int8, rounded by it (chaining.py). Else None.
     packed:       one uint8 tensor in the order of the kernels of its device. Packed layers only.
@@ -60,6 +62,7 @@ class SparseModule(nn.Module):
         weight_only: bool,
         x_rounding: str,
         int8_y: bool,
+        group_size: int | None,
         device: torch.device | str | int | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -71,8 +74,9 @@ class SparseModule(nn.Module):
         check_float(dtype)
         if weight_dtype not in (dtype, torch.int8, INT4):
             raise RuntimeError(f"weight_dtype must be torch.int8, torch.int4 or dtype ({dtype}); got {weight_dtype}")
-        check_pattern(pattern, weight_dtype)
+        check_pattern(pattern, weight_dtype, weight_only)
         integer = weight_dtype in LEVELS
+        self._check_group_size(group_size, integer)
         if weight_only and not integer:
             raise RuntimeError(f"weight_only is for a weight_dtype of torch.int8 or torch.int4; got {weight_dtype}")
         check_x_rounding(x_rounding, integer and not weight_only)
@@ -85,6 +89,7 @@ class SparseModule(nn.Module):
         self.weight_only = weight_only
         self.x_rounding = x_rounding
         self.int8_y = int8_y
+        self.group_size = group_size
         self._frozen = False  # pack() was called: hold the packed form wherever the device has one
 
         shapes = self._shapes()
@@ -95,7 +100,7 @@ class SparseModule(nn.Module):
         outputs = shapes["bias"]
         bias_vector = nn.Parameter(torch.empty(outputs, dtype=dtype, device=device)) if bias else None
         self.register_parameter("bias", bias_vector)
-        scales = torch.empty(outputs, dtype=torch.float32, device=device) if integer else None
+        scales = torch.empty(shapes["scales"], dtype=torch.float32, device=device) if integer else None
         self.register_buffer("scales", scales)
         for name, given in (("x_scale", x_rounding == "tensor"), ("y_scale", int8_y)):
             self.register_buffer(name, torch.empty((), dtype=torch.float32, device=device) if given else None)
@@ -139,17 +144,24 @@ class SparseModule(nn.Module):
         """Why the weight stays in canonical form and runs dense on a device; "" where it is packed."""
         raise NotImplementedError
 
+    def _check_group_size(self, group_size: int | None, integer: bool) -> None:
+        """Raises RuntimeError where columns of the weight cannot share scales so."""
+        check_group_size(group_size, integer)
+
     def _device_problem(self, device: torch.device) -> str:
         return device_problem(device, self.weight_dtype)
 
     # ---- the weight
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        # Values of a group: two elements, or for int4 four in two bytes.
-        groups = -(-self._features() // (8 if self.weight_dtype is INT4 else 4))
+        # Values of a group: two elements; of int4 two nibbles, or in pair 4:8 four.
+        pair = self.pattern == "pair 4:8"
+        groups = -(-self._features() // (8 if pair else 4))
+        bytes_or_elements = 1 if self.weight_dtype is INT4 and not pair else 2
         rows, outputs = self._rows(), self._weight_shape()[:1]
-        shapes = {"values": (*rows, 2 * groups), "meta": (*rows, -(-groups // 2)), "bias": outputs, "scales": outputs}
-        return shapes | {"x_scale": (), "y_scale": ()}
+        shapes = {"values": (*rows, bytes_or_elements * groups), "meta": (*rows, -(-groups // 2)), "bias": outputs}
+        sharing = () if self.group_size is None else (max(1, -(-self._features() // self.group_size)),)
+        return shapes | {"scales": (*sharing, *outputs), "x_scale": (), "y_scale": ()}
 
     def reset_parameters(self) -> None:
         """Start afresh: weight and bias as of a new dense layer, pruned by magnitude (and rounded), other scales 1."""
@@ -182,15 +194,15 @@ class SparseModule(nn.Module):
         """values, meta and scales of a dense weight on the CPU. Raises RuntimeError where it does not fit."""
         state = {}
         if self.weight_dtype in LEVELS:
-            rows, levels = weight.float().flatten(1), LEVELS[self.weight_dtype]
-            if scales is None:
-                q, scale = quantize_rows(rows, levels)
-            else:
-                scale = checked_scales(scales, len(rows))
+            rows, levels, size = weight.float().flatten(1), LEVELS[self.weight_dtype], self.group_size
+            if scales is not None:
+                scale = checked_scales(scales, self._shapes()["scales"])
                 check_finite(torch.where(rows.isfinite().all(1, keepdim=True), scale, torch.nan), self.weight_dtype)
-                q = quantize_by(rows, scale, levels)
+                q = quantize_by(rows, scale if size is None else of_columns(scale, rows.shape[1], size), levels)
+            else:
+                q, scale = quantize_rows(rows, levels) if size is None else quantize_groups(rows, size, levels)
             check_finite(scale, self.weight_dtype)
-            weight, state["scales"] = q.to(torch.int8).view(weight.shape), scale.squeeze(-1)
+            weight, state["scales"] = q.to(torch.int8).view(weight.shape), self._as_scales(scale)
         if self.y_scale is not None:
             state["y_scale"] = torch.ones(())
         if self.x_rounding == "tensor":
@@ -210,11 +222,20 @@ class SparseModule(nn.Module):
         """W of an integer layer, decompressed."""
         q = self._whole_weight()
         scales = self._scales_of(q)
-        return Rounded(q, scales, q * scales)
+        if self.group_size is None or self.scales is None:
+            return Rounded(q, scales, q * scales)
+        return Rounded(q, self.scales.T, q * scales, self.group_size)
 
     def _scales_of(self, weight: Tensor) -> Tensor:
+        """`scales`, so that they broadcast against the weight."""
         assert self.scales is not None
-        return self.scales.view(-1, *[1] * (weight.dim() - 1))
+        if self.group_size is None:
+            return self.scales.view(-1, *[1] * (weight.dim() - 1))
+        return of_columns(self.scales.T, self._features(), self.group_size).view(weight.shape)
+
+    def _as_scales(self, scale: Tensor) -> Tensor:
+        """`scales` of what quantize_rows or quantize_groups gives."""
+        return scale.squeeze(-1) if self.group_size is None else scale.T.contiguous()
 
     def _whole_weight(self) -> Tensor:
         """W decompressed, without its scales."""
@@ -251,35 +272,48 @@ class SparseModule(nn.Module):
 
     @torch.no_grad()
     def quantize(
-        self, dtype: torch.dtype = torch.int8, *, weight_only: bool = False, x_scale: Tensor | float | None = None
+        self,
+        dtype: torch.dtype = torch.int8,
+        *,
+        weight_only: bool = False,
+        x_scale: Tensor | float | None = None,
+        group_size: int | None = None,
     ) -> Self:
-        """Round a float weight to int8 per output, in place (quantize_rows). Returns self.
+        """Round a float weight to int8, or to int4 if weight_only, per output, in place (quantize_rows). Returns self.
 
         weight_only: x will be multiplied as it is. x_scale: by which x will be rounded, not each token by its own.
-        Raises RuntimeError, and changes nothing, where an output's weights are not finite, or for int4, whose pairs of
-        columns this weight does not keep.
+        group_size: so many columns share a scale, not all of an output (quantize_groups).
+        Raises RuntimeError, and changes nothing, where an output's weights are not finite, or for int4 without
+        weight_only, whose pairs of columns this weight does not keep.
         """
-        if dtype is INT4:
+        if dtype is INT4 and not weight_only:
             raise RuntimeError(
                 f"dtype must be torch.int8 for a layer that is {self.pattern}: int4 keeps pairs of columns. "
                 "Prune the dense model to 'pair 4:8', quantize(dtype=torch.int4), then convert()"
             )
-        if dtype is not torch.int8:
-            raise RuntimeError(f"dtype must be torch.int8; got {dtype}")
+        if dtype not in LEVELS:
+            raise RuntimeError(f"dtype must be torch.int8 or torch.int4; got {dtype}")
         if self.scales is not None:
             return self
+        self._check_group_size(group_size, True)
         check_x_rounding("token" if x_scale is None else "tensor", not weight_only)
         given = None if x_scale is None else torch.as_tensor(x_scale, dtype=torch.float32, device=self.device)
         if given is not None and not given.is_meta:
             check_x_scale(given)
         values = self._canonical()[0].detach()
-        q, scale = quantize_rows(values.float().flatten(1), LEVELS[dtype])
+        rows = values.float().flatten(1)
+        if group_size is None:
+            q, scale = quantize_rows(rows, LEVELS[dtype])
+        else:  # half of the columns are there
+            q, scale = quantize_groups(rows, group_size // 2, LEVELS[dtype])
         if not scale.is_meta:
             check_finite(scale, dtype)
         self._thaw()
-        self._parameters["values"] = nn.Parameter(q.to(torch.int8).view(values.shape), requires_grad=False)
-        self.scales = scale.squeeze(-1)
-        self.weight_dtype, self.weight_only = dtype, weight_only
+        self.weight_dtype, self.weight_only, self.group_size = dtype, weight_only, group_size
+        whole = q.to(torch.int8).view(-1, values.shape[-1])
+        stored = (ops.pack_int4(whole) if dtype is INT4 else whole).view(self._shapes()["values"])
+        self._parameters["values"] = nn.Parameter(stored, requires_grad=False)
+        self.scales = self._as_scales(scale)
         self.x_scale, self.x_rounding = given, "token" if given is None else "tensor"
         self._settle()
         return self
@@ -330,6 +364,7 @@ class SparseModule(nn.Module):
         """What extra_repr says after the sizes."""
         weight = "" if self.weight_dtype is self.dtype else f", weight_dtype={self.weight_dtype}"
         weight += ", weight_only=True" if self.weight_only else ""
+        weight += "" if self.group_size is None else f", group_size={self.group_size}"
         weight += ", x_rounding=tensor" if self.x_rounding == "tensor" else ""
         weight += ", int8_y=True" if self.int8_y else ""
         activation = "" if self.activation == "none" else f", activation={self.activation}"
@@ -484,8 +519,9 @@ class SparseModule(nn.Module):
             elif tensor.shape != shape or tensor.dtype is not dtypes[name]:
                 yield f"{name} must be {list(shape)} {dtypes[name]}; got {list(tensor.shape)} {tensor.dtype}"
             elif name == "scales" and not tensor.is_meta and not tensor.isfinite().all():
-                row = int(tensor.isfinite().logical_not().nonzero()[0])
-                yield f"scales must be finite; got {tensor[row].item()} in row {row}"
+                place = tensor.isfinite().logical_not().nonzero()[0].tolist()
+                group = "" if len(place) == 1 else f" of group {place[0]}"
+                yield f"scales must be finite; got {tensor[tuple(place)].item()} in row {place[-1]}{group}"
             elif name in ("x_scale", "y_scale") and not tensor.is_meta and not 0 < tensor.item() < float("inf"):
                 yield ONE_SCALE.format(name, tensor.item())
             else:
@@ -529,7 +565,7 @@ class SparseModule(nn.Module):
 def _decompress_by_torch(values: Tensor, meta: Tensor, *, in_features: int, pattern: str) -> Tensor:
     """ops.decompress, by nothing but operators of torch."""
     columns = ops.columns_of(meta, in_features=in_features, pattern=pattern)
-    if pattern == "pair 4:8":
+    if values.dtype is torch.uint8:
         values = ops.unpack_int4(values)
     padded = values.new_zeros((values.shape[0], 2 * values.shape[1]))
     return padded.scatter(1, columns, values)[:, :in_features]

@@ -9,6 +9,7 @@ from sparse24 import ops
 
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]
+GROUP_QUANTUM = 64  # columns of W that share a scale are a multiple of it
 FLOAT32_ON_CUDA = "float32 has no sparse kernel on CUDA; half() or bfloat16() makes the layer sparse there"
 WANTS_GRADIENT = "x or bias wants a gradient, which there is for x_rounding 'tensor' in the dense product alone"
 ONE_SCALE = "{} must be one positive finite number; got {}"
@@ -49,10 +50,12 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 # ---- Checks: each raises RuntimeError ------------------------------------------------------------------------------
 
 
-def check_pattern(pattern: str, weight_dtype: torch.dtype) -> None:
+def check_pattern(pattern: str, weight_dtype: torch.dtype, weight_only: bool = False) -> None:
     """Raises RuntimeError unless a layer with weights of this element type can run the pattern."""
     if weight_dtype is INT4:
-        if pattern != "pair 4:8":
+        if weight_only and pattern not in ops.PATTERNS:
+            raise RuntimeError(f"pattern must be one of {', '.join(map(repr, ops.PATTERNS))}; got {pattern!r}")
+        if pattern != "pair 4:8" and not weight_only:
             raise RuntimeError(f"pattern must be 'pair 4:8' for an int4 weight; got {pattern!r}")
     elif pattern == "pair 4:8":
         raise RuntimeError(
@@ -61,6 +64,17 @@ def check_pattern(pattern: str, weight_dtype: torch.dtype) -> None:
         )
     elif pattern not in ("2:4", "1:2"):
         raise RuntimeError(f"pattern must be '2:4' or '1:2'; got {pattern!r}")
+
+
+def check_group_size(group_size: int | None, integer: bool) -> None:
+    if group_size is None:
+        return
+    if not isinstance(group_size, int) or group_size <= 0 or group_size % GROUP_QUANTUM:
+        raise RuntimeError(f"group_size must be None or a positive multiple of {GROUP_QUANTUM}; got {group_size!r}")
+    if not integer:
+        raise RuntimeError(
+            f"group_size is for a weight_dtype of torch.int8 or torch.int4; got {group_size} for another"
+        )
 
 
 def check_x_rounding(x_rounding: str, integer_x: bool) -> None:
@@ -75,15 +89,13 @@ def check_x_scale(x_scale: Tensor) -> None:
         raise RuntimeError(ONE_SCALE.format("x_scale", x_scale.tolist()))
 
 
-def checked_scales(scales: Tensor, outputs: int) -> Tensor:
-    """[outputs, 1] float32, on the CPU."""
+def checked_scales(scales: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Scales [outputs] or [groups, outputs] as float32 [outputs, 1] or [outputs, groups], on the CPU."""
     given = scales.detach().cpu().float()
-    if given.shape != (outputs,) or not ((given > 0) & given.isfinite()).all():
-        what = (
-            list(given.shape) if given.shape != (outputs,) else f"a least of {given.min()}, a largest of {given.max()}"
-        )
-        raise RuntimeError(f"scales must be [{outputs}] positive finite numbers; got {what}")
-    return given.view(-1, 1)
+    if given.shape != shape or not ((given > 0) & given.isfinite()).all():
+        what = list(given.shape) if given.shape != shape else f"a least of {given.min()}, a largest of {given.max()}"
+        raise RuntimeError(f"scales must be {list(shape)} positive finite numbers; got {what}")
+    return given.view(-1, 1) if len(shape) == 1 else given.T
 
 
 def check_finite(scale: Tensor, dtype: torch.dtype) -> None:

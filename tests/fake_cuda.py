@@ -101,9 +101,9 @@ class _CudaTensor(Tensor):
 # ---- The kernels
 
 
-def _pack(values: Tensor, meta: Tensor, in_features: int) -> Tensor:
+def _pack(values: Tensor, meta: Tensor, in_features: int, dtype: str, group_size: int = 0) -> Tensor:
     assert values.dtype is not torch.float32, "CUDA has no kernel for float32"
-    return torch.cat([_MARK, _ops.pack(values, meta, in_features).flip(0)])
+    return torch.cat([_MARK, _ops.pack(values, meta, in_features, dtype, group_size).flip(0)])
 
 
 def _cpu_form(packed: Tensor) -> Tensor:

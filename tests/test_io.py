@@ -97,7 +97,7 @@ def test_the_file_is_plain_safetensors_with_a_documented_header(tmp_path: Path) 
         keys = set(file.keys())
     assert header["format_version"] == 1
     config = dict(in_features=12, out_features=21, bias=True, pattern="2:4", activation="none", dtype="float32")
-    config |= {"kind": "linear", "weight_only": False, "x_rounding": "token", "int8_y": False}
+    config |= {"kind": "linear", "weight_only": False, "x_rounding": "token", "int8_y": False, "group_size": None}
     assert header["layers"]["body.0"] == header["layers"]["again"] == {**config, "weight_dtype": "int8"}
     assert header["aliases"] == {"again.bias": "body.0.bias", "again.scales": "body.0.scales"} | {
         "head.weight": "embedding.weight"

@@ -124,11 +124,100 @@ MUTANTS = {
     "linear: compensation off by one": Mutant(
         "test_linear",
         "csrc/cpu/linear/packed.cpp",
-        "sum *= compensation_factor(ELEMENT)",
-        "sum *= compensation_factor(ELEMENT) - 1",
+        "* compensation_factor(ELEMENT)",
+        "* (compensation_factor(ELEMENT) - 1)",
     ),
     "linear: the nibbles of int4 are packed the wrong way round": Mutant(
         "test_linear", "csrc/cpu/linear/packed.cpp", "return slot / 4 % 2 * 4; }", "return 4 - slot / 4 % 2 * 4; }"
+    ),
+    "groups: compensation of the next group": Mutant(
+        "test_linear", "csrc/cpu/linear/packed.cpp", "chunk / group_chunks *", "(chunk + 1) / group_chunks *"
+    ),
+    "groups, portable: the short last group is lost": Mutant(
+        "test_linear", "csrc/cpu/linear/linear_portable.cpp", "== 0 || chunk + 1 == chunks)", "== 0)"
+    ),
+    "groups, portable: sums of the group before stay": Mutant(
+        "test_linear", "csrc/cpu/linear/linear_portable.cpp", "        std::memset(sums, 0, sizeof sums);\n", ""
+    ),
+    "groups, portable: every group has the first one's scales": Mutant(
+        "test_linear",
+        "csrc/cpu/linear/linear_portable.cpp",
+        "call.epilogue.scales + group * out_features + first",
+        "call.epilogue.scales + 0 * group + first",
+    ),
+    "groups, AVX-512: the last group alone": Mutant(
+        "test_linear",
+        "csrc/cpu/linear/linear_avx512.h",
+        "if (call.group_size) add_group<INTEGER>(call, ROWS",
+        "if (call.group_size && is_last) add_group<INTEGER>(call, ROWS",
+        "csrc/cpu/linear/linear_avx512.cpp",
+    ),
+    "groups, AVX-512: every group has the first one's scales": Mutant(
+        "test_linear",
+        "csrc/cpu/linear/linear_avx512.h",
+        "epilogue.scales + group * epilogue.out_features + column",
+        "epilogue.scales + column",
+        "csrc/cpu/linear/linear_avx512.cpp",
+    ),
+    "groups, AVX-512: every group has the first one's compensation": Mutant(
+        "test_linear",
+        "csrc/cpu/linear/linear_avx512.h",
+        "compensation_of(call, block, group)",
+        "compensation_of(call, block, 0 * group)",
+        "csrc/cpu/linear/linear_avx512.cpp",
+    ),
+    "groups, AVX-512: each group is cut as the last": Mutant(
+        "test_linear",
+        "csrc/cpu/linear/linear_avx512.h",
+        "cut = is_last && half;",
+        "cut = half;",
+        "csrc/cpu/linear/linear_avx512.cpp",
+    ),
+    "groups, AVX-512: totals are not scaled by x": Mutant(
+        "test_linear",
+        "csrc/cpu/linear/linear_avx512.h",
+        "      if (groups && x_scales) v = _mm512_mul_ps(v, _mm512_set1_ps(x_scales[row]));\n",
+        "",
+        "csrc/cpu/linear/linear_avx512.cpp",
+    ),
+    "groups, AVX2: every group has the first one's scales": Mutant(
+        "test_linear", "csrc/cpu/linear/linear_avx2.cpp", "from += shared, ++group;", "from += shared;"
+    ),
+    "groups, AVX2: one chunk too few": Mutant(
+        "test_linear",
+        "csrc/cpu/linear/linear_avx2.cpp",
+        "const int64_t to = std::min(from + shared, chunks);",
+        "const int64_t to = std::min(from + shared, chunks - 1);",
+    ),
+    "amx: groups: every group has the first one's scales": Mutant(
+        "test_linear", "csrc/cpu/linear/linear_amx.cpp", "begin += shared, ++group;", "begin += shared;"
+    ),
+    "amx: groups: totals of the blocks before stay": Mutant(
+        "test_linear",
+        "csrc/cpu/linear/linear_amx.cpp",
+        "if (call.group_size) std::memset(results, 0, run_bytes);",
+        "",
+    ),
+    "amx: int4 in 2:4: the nibbles of another quad": Mutant(
+        "test_linear", "csrc/cpu/linear/linear_amx.cpp", "group / 2 % 2 == 1", "group % 2 == 1"
+    ),
+    "int4, AVX-512: values of another quad": Mutant(
+        "test_linear",
+        "csrc/cpu/linear/linear_weight_only_avx512.cpp",
+        "_mm512_loadu_si512(all + step / 8 * 64)",
+        "_mm512_loadu_si512(all + step / 16 * 64)",
+    ),
+    "int4 in 2:4, BF16: the second value is the first": Mutant(
+        "test_linear",
+        "csrc/cpu/linear/linear_avx512_bf16.cpp",
+        "i % 4 / 2 * 4 + j % 2 * 2);",
+        "i % 4 / 2 * 4 + 0 * j);",
+    ),
+    "int4 in 2:4, BF16: the second group begins with the first": Mutant(
+        "test_linear",
+        "csrc/cpu/linear/linear_avx512_bf16.cpp",
+        "static_cast<uint32_t>(8 * j + 4) << 16",
+        "static_cast<uint32_t>(8 * j) << 16",
     ),
     "linear, portable: the second code of a byte is the first": Mutant(
         "test_linear",

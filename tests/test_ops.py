@@ -55,7 +55,7 @@ def test_opcheck_format(dtype: torch.dtype, pattern: str, columns: int) -> None:
 def test_opcheck_linear(dtype: torch.dtype, columns: int, leading: tuple[int, ...]) -> None:
     name = str(dtype).removeprefix("torch.")
     values, meta = ops.prune_compress(random_weight(6, columns, dtype))
-    torch.library.opcheck(torch.ops.sparse24.pack, (values, meta, columns))
+    torch.library.opcheck(torch.ops.sparse24.pack, (values, meta, columns, name))
     packed = ops.pack(values, meta, in_features=columns)
     torch.library.opcheck(torch.ops.sparse24.unpack, (packed, 6, columns, name))
     x = torch.randn(*leading, columns)

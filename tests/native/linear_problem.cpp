@@ -17,12 +17,13 @@ double activate(Activation activation, double x) {
   }
 }
 
-Problem::Problem(Weight weight, Element x_element, Shape shape, Random& random, bool integers)
+Problem::Problem(Weight weight, Element x_element, Shape shape, Random& random, bool integers, int64_t group_size)
     : weight(weight),
       x_element(x_element),
       y_type(x_element == Element::I8 ? Number::F32 : static_cast<Number>(x_element)),
       shape(shape),
-      unit(weight.element == Element::I4 ? 2 : 1) {
+      unit(weight.element == Element::I4 ? 2 : 1),
+      group_size(group_size) {
   const auto [tokens, out_features, in_features] = shape;
   const Pattern pattern = cpu::pattern_of(weight.element);
   const int64_t groups = group_count(pattern, in_features);
@@ -31,9 +32,9 @@ Problem::Problem(Weight weight, Element x_element, Shape shape, Random& random, 
     return integers ? static_cast<double>(random.between(-4, 4)) : round_to(element, 4 * random.uniform() - 2);
   };
   const auto weight_value = [&] {
-    return weight.element == Element::I8   ? static_cast<double>(random.between(-128, 127))
-           : weight.element == Element::I4 ? static_cast<double>(random.between(-8, 7))
-                                           : number(weight.element);
+    return weight.element == Element::I8 ? static_cast<double>(random.between(-128, 127))
+           : is_int4(weight.element)     ? static_cast<double>(random.between(-8, 7))
+                                         : number(weight.element);
   };
   for (int64_t i = 0; i < out_features * groups; ++i) codes.push_back(CODES[random.below(6)]);
   for (int64_t i = 0; i < out_features * slots; ++i) {
@@ -43,9 +44,10 @@ Problem::Problem(Weight weight, Element x_element, Shape shape, Random& random, 
   for (int64_t i = 0; i < tokens * in_features; ++i) {
     x.push_back(x_element == Element::I8 ? static_cast<double>(random.between(-128, 127)) : number(x_element));
   }
-  for (int64_t i = 0; i < out_features; ++i) {
-    bias.push_back(number(Element::BF16));
-    scales.push_back(integers ? 1 : round_to(Element::F32, 0.01 + random.uniform()));
+  for (int64_t i = 0; i < out_features; ++i) bias.push_back(number(Element::BF16));
+  for (int64_t i = 0; i < cpu::scale_groups(in_features, group_size) * out_features; ++i) {
+    const double whole = group_size ? static_cast<double>(1 << random.below(3)) : 1;
+    scales.push_back(integers ? whole : round_to(Element::F32, 0.01 + random.uniform()));
   }
   for (int64_t i = 0; i < tokens * out_features; ++i) residual.push_back(number(Element::BF16));
   for (int64_t i = 0; i < tokens; ++i)
@@ -61,7 +63,8 @@ std::string Problem::describe() const {
          std::to_string(static_cast<int>(y_type)) + " bias " + (has_bias ? name(element_of(bias_type)) : "none") +
          " residual " + (has_residual ? name(element_of(residual_type)) : "none") + " activation " +
          std::to_string(static_cast<int>(activation)) + " M " + std::to_string(shape.tokens) + " N " +
-         std::to_string(shape.out_features) + " K " + std::to_string(shape.in_features);
+         std::to_string(shape.out_features) + " K " + std::to_string(shape.in_features) + " in groups of " +
+         std::to_string(group_size);
 }
 
 std::vector<double> Problem::seen(int64_t token, float& scale) const {
@@ -90,7 +93,7 @@ std::vector<double> Problem::run() const {
   std::fill(canonical.begin(), canonical.end(), 0), std::fill(meta.begin(), meta.end(), 0);
   for (int64_t i = 0; i < out_features * slots; ++i) {
     const uint32_t value = encode(element, values[i]);
-    if (element == Element::I4) {
+    if (is_int4(element)) {
       canonical.data()[i / 2] |= static_cast<uint8_t>((value & 15) << i % 2 * 4);
     } else {
       std::memcpy(canonical.data() + i * bits / 8, &value, bits / 8);
@@ -101,9 +104,9 @@ std::vector<double> Problem::run() const {
       meta[n * meta_bytes + g / 2] |= static_cast<uint8_t>(codes[n * groups + g] << g % 2 * 4);
     }
   }
-  Guarded<uint8_t> packed(cpu::packed_bytes(element, out_features, in_features), 64);
+  Guarded<uint8_t> packed(cpu::packed_bytes(element, out_features, in_features, group_size), 64);
   canonical.make_read_only(), meta.make_read_only();
-  cpu::pack(canonical.data(), meta.data(), element, out_features, in_features, packed.data());
+  cpu::pack(canonical.data(), meta.data(), element, out_features, in_features, packed.data(), group_size);
 
   const int64_t x_stride = in_features + x_gap, y_stride = out_features + y_gap;
   Array input(x_element, tokens == 0 ? 0 : (tokens - 1) * x_stride + in_features);
@@ -146,7 +149,8 @@ std::vector<double> Problem::run() const {
                             .activation = activation,
                             .x_scale_step = one_x_scale ? 0 : 1,
                             .out_features = static_cast<int32_t>(out_features),
-                            .tokens = static_cast<int32_t>(tokens)}});
+                            .tokens = static_cast<int32_t>(tokens)},
+               .group_size = group_size});
 
   std::vector<double> y;
   for (int64_t m = 0; m < tokens; ++m) {
@@ -170,12 +174,16 @@ void Problem::check(const std::vector<double>& y, bool integers) const {
     float x_scale = 0;
     const std::vector<double> row = seen(m, x_scale);
     for (int64_t n = 0; n < out_features; ++n) {
-      double sum = 0, magnitude = 0;
+      const int64_t groups = cpu::scale_groups(in_features, group_size);
+      std::vector<double> sums(groups), magnitudes(groups);
       for (int64_t slot = 0; slot < slots; ++slot) {
-        if (column(n, slot) >= in_features) continue;
-        const double product = values[n * slots + slot] * row[column(n, slot)];
-        sum += product, magnitude += std::fabs(product);
+        const int64_t k = column(n, slot);
+        if (k >= in_features) continue;
+        const double product = values[n * slots + slot] * row[k];
+        const int64_t group = group_size ? k / group_size : 0;
+        sums[group] += product, magnitudes[group] += std::fabs(product);
       }
+      double sum = sums[0], magnitude = magnitudes[0];
       const double got = y[m * out_features + n];
       if (y_type == Number::I32) {
         CHECK(got == sum, describe(), ": y[", m, ", ", n, "] = ", got, ", expected ", sum);
@@ -183,13 +191,21 @@ void Problem::check(const std::vector<double>& y, bool integers) const {
       }
       const double b = has_bias ? round_to(element_of(bias_type), bias[n]) : 0;
       const double r = has_residual ? round_to(element_of(residual_type), residual[m * out_features + n]) : 0;
-      const auto scale = static_cast<float>(scales[n]);
-      if (exact_sums) {  // each operation rounds to float
-        sum = static_cast<float>(sum) * (x_scale * scale);
+      const auto scale = static_cast<float>(weight.is_integer() ? scales[n] : 1);
+      float total = 0;  // each operation rounds to float
+      for (int64_t group = 0; group < groups && exact_sums; ++group) {
+        total = total + static_cast<float>(sums[group]) * static_cast<float>(scales[group * out_features + n]);
+      }
+      if (exact_sums) {
+        sum = group_size ? total * x_scale : static_cast<float>(sum) * (x_scale * scale);
         if (has_bias) sum = static_cast<float>(sum) + static_cast<float>(b);
         if (has_residual) sum = static_cast<float>(sum) + static_cast<float>(r);
       } else {
-        if (weight.is_integer()) sum *= scale, magnitude *= scale;
+        sum *= scale, magnitude *= scale;
+        for (int64_t group = 1; group < groups; ++group) {
+          sum += sums[group] * scales[group * out_features + n];
+          magnitude += magnitudes[group] * scales[group * out_features + n];
+        }
         sum += b + r;
       }
       const double expected = activate(activation, sum);

@@ -30,14 +30,14 @@ struct Weight {
   Element element;
   bool weight_only = false;
 
-  bool is_integer() const { return element == Element::I8 || element == Element::I4; }
+  bool is_integer() const { return element == Element::I8 || is_int4(element); }
   bool rounds_x() const { return is_integer() && !weight_only; }
 };
-constexpr Weight WEIGHTS[] = {{Element::F32}, {Element::F16},      {Element::BF16},    {Element::I8},
-                              {Element::I4},  {Element::I8, true}, {Element::I4, true}};
+constexpr Weight WEIGHTS[] = {{Element::F32}, {Element::F16},      {Element::BF16},     {Element::I8},
+                              {Element::I4},  {Element::I8, true}, {Element::I4, true}, {Element::I4_TWO_FOUR, true}};
 
 inline const char* name(Element element) {
-  constexpr const char* NAMES[] = {"f32", "f16", "bf16", "i8", "i4"};
+  constexpr const char* NAMES[] = {"f32", "f16", "bf16", "i8", "i4", "i4 2:4"};
   return NAMES[static_cast<int>(element)];
 }
 inline std::string name(Weight weight) {
@@ -93,7 +93,7 @@ inline double round_to(Element element, double value) {
 }
 
 inline uint32_t encode(Element element, double value) {
-  if (element == Element::I8 || element == Element::I4) return static_cast<uint8_t>(static_cast<int8_t>(value));
+  if (element == Element::I8 || is_int4(element)) return static_cast<uint8_t>(static_cast<int8_t>(value));
   const Binary format = binary(element);
   const int bits = element_bits(element);
   const uint32_t sign = std::signbit(value) ? 1u << (bits - 1) : 0;
@@ -171,11 +171,13 @@ struct Problem {
   std::vector<double> values;  // [N, slots]
   std::vector<uint8_t> codes;  // [N, groups]
   std::vector<double> x;       // [M, K]
-  std::vector<double> bias, scales, residual, x_scales;
+  std::vector<double> bias, residual, x_scales;
+  int64_t group_size;          // columns that share scales, or 0
+  std::vector<double> scales;  // [groups of them, N]
   double y_scale = 1;
 
   // x_element I8 gives whole numbers and x_scales. y is of the type of x, or float32 for an I8 x.
-  Problem(Weight weight, Element x_element, Shape shape, Random& random, bool integers);
+  Problem(Weight weight, Element x_element, Shape shape, Random& random, bool integers, int64_t group_size = 0);
 
   int64_t column(int64_t n, int64_t slot) const {
     const int64_t group = slot / (2 * unit);

@@ -25,13 +25,15 @@ void test_shapes() {
   }
   shapes.push_back({3, 0, 7});
   for (int64_t tokens = 1; tokens <= 28; ++tokens) shapes.push_back({tokens, 17, 200});
+  for (int64_t in_features : {127, 128, 129, 192, 193, 256, 300}) shapes.push_back({9, 18, in_features});
   for_each_isa([&] {
     Random random(1);
     for (const Shape& shape : shapes) {
       for (Weight weight : WEIGHTS) {
         const bool integers = random.below(2) == 0;
         const bool int8_x = weight.rounds_x() && random.below(3) == 0;
-        Problem problem(weight, int8_x ? Element::I8 : FLOATS[random.below(3)], shape, random, integers);
+        const int64_t group_size = weight.is_integer() ? 64 * std::max<int64_t>(0, random.between(-2, 3)) : 0;
+        Problem problem(weight, int8_x ? Element::I8 : FLOATS[random.below(3)], shape, random, integers, group_size);
         problem.bias_type = static_cast<Number>(FLOATS[random.below(3)]);
         problem.residual_type = static_cast<Number>(FLOATS[random.below(3)]);
         problem.has_bias = random.below(3) > 0;
@@ -62,6 +64,11 @@ void test_many_panels_and_chunks() {
                                    Shape{191, 384, 150}, Shape{111, 385, 200}}) {
           const Problem problem(weight, Element::F32, shape, random, true);
           problem.check(problem.run(), true);
+          if (!weight.is_integer()) continue;
+          for (int64_t group_size : {64, 192, 1600}) {
+            const Problem grouped(weight, Element::BF16, shape, random, true, group_size);
+            grouped.check(grouped.run(), true);
+          }
         }
       }
     });
@@ -77,7 +84,7 @@ void test_codes_and_dropped_columns() {
         Random random(3);
         Problem problem(weight, Element::F32, {2, 17, 128}, random, true);
         std::fill(problem.codes.begin(), problem.codes.end(), code);
-        const double second = weight.element == Element::I4 ? 7 : 64;
+        const double second = is_int4(weight.element) ? 7 : 64;
         for (int64_t i = 0; i < 17 * 64; ++i) problem.values[i] = i % 2 == 0 ? 1 : second;
         for (int64_t k = 0; k < 128; ++k) {
           const int64_t unit = k / problem.unit % 4;
@@ -129,14 +136,17 @@ void test_pack_any_bytes() {
         for (uint8_t& byte : values) byte = static_cast<uint8_t>(random.bits());
         for (uint8_t& byte : meta) byte = static_cast<uint8_t>(random.bits());
         values.make_read_only(), meta.make_read_only();
-        Guarded<uint8_t> packed(cpu::packed_bytes(weight.element, out_features, in_features), 64);
-        cpu::pack(values.data(), meta.data(), weight.element, out_features, in_features, packed.data());
+        const int64_t group_size = weight.is_integer() ? 64 * random.below(3) : 0;
+        Guarded<uint8_t> packed(cpu::packed_bytes(weight.element, out_features, in_features, group_size), 64);
+        cpu::pack(values.data(), meta.data(), weight.element, out_features, in_features, packed.data(), group_size);
         packed.make_read_only();
-        cpu::unpack(packed.data(), weight.element, out_features, in_features, values_back.data(), meta_back.data());
+        cpu::unpack(packed.data(), weight.element, out_features, in_features, values_back.data(), meta_back.data(),
+                    group_size);
         CHECK(std::equal(values.begin(), values.end(), values_back.begin()), name(weight), " K ", in_features);
         CHECK(std::equal(meta.begin(), meta.end(), meta_back.begin()), name(weight), " K ", in_features);
 
-        Guarded<float> x(3 * in_features), y(3 * out_features), scales(out_features);
+        Guarded<float> x(3 * in_features), y(3 * out_features),
+            scales(cpu::scale_groups(in_features, group_size) * out_features);
         for (float& v : x) v = static_cast<float>(random.uniform());
         for (float& v : scales) v = 1;
         for_each_isa([&] {
@@ -145,7 +155,7 @@ void test_pack_any_bytes() {
           epilogue.out_features = static_cast<int32_t>(out_features), epilogue.tokens = 3;
           if (weight.is_integer()) epilogue.scales = scales.data();
           cpu::linear({x.data(), in_features, Element::F32, packed.data(), weight.element, weight.weight_only,
-                       in_features, epilogue});
+                       in_features, epilogue, 0, group_size});
         });
       }
     }
@@ -293,7 +303,7 @@ void test_eight_threads_at_once() {
       Random random(100 + thread);
       for (int repeat = 0; repeat < 12; ++repeat) {
         const Shape shape{random.between(1, 200), random.between(1, 200), random.between(1, 400)};
-        const Problem problem(WEIGHTS[repeat % 7], FLOATS[thread % 3], shape, random, true);
+        const Problem problem(WEIGHTS[repeat % std::size(WEIGHTS)], FLOATS[thread % 3], shape, random, true);
         problem.check(problem.run(), true);
       }
     });

@@ -199,10 +199,7 @@ bool is_pointwise(const Conv2d& call) {
          (call.images <= 1 || call.image_stride == call.height * row);
 }
 
-bool quantizes_x(const Conv2d& call) {
-  const bool integer = call.weight.element == Element::I8 || call.weight.element == Element::I4;
-  return integer && !call.weight_only;
-}
+bool quantizes_x(const Conv2d& call) { return is_integer(call.weight.element) && !call.weight_only; }
 
 // The product of one group.
 Linear product_of(const Conv2d& call, int64_t group) {

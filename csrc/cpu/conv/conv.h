@@ -1,8 +1,8 @@
 // y = epilogue(conv2d(x, W)) on the CPU: an implicit GEMM over the linear kernels. No torch.
 //
 // A conv weight [O, C / groups, R, S] is a linear weight of O rows and R * S segments of columns, a segment being the
-// C / groups channels of one kernel position filled up to whole groups of the pattern (four channels; I4: eight). Each
-// output pixel is a token; its row of x is gathered from the image when a panel is packed, so that nothing like an
+// C / groups channels of one kernel position filled up to whole groups of the pattern (four channels; pair 4:8: eight).
+// Each output pixel is a token; its row of x is gathered from the image when a panel is packed, so that nothing like an
 // unfolded x ever lies in memory. Groups of the convolution are products of their own.
 #pragma once
 #include <optional>

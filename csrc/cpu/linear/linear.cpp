@@ -205,7 +205,7 @@ void linear(const Linear& call, const RowSource& source) {
   const Kernels& kernels = kernels_for(call.weight, call.weight_only, call.x_element, epilogue.tokens,
                                        epilogue.out_features, call.in_features);
   const Product product(call, source, kernels);
-  const int64_t blocks = block_count(epilogue.out_features), bytes = block_bytes(call.weight, call.in_features);
+  const int64_t blocks = block_count(epilogue.out_features), bytes = block_bytes(call);
   const int64_t panels = product.panels.count;
   if (blocks * bytes <= SMALL_WEIGHT_BYTES && panels >= PANELS_PER_THREAD * thread_count()) {
     const int64_t panel_products = blocks * product.block_products * product.panels.rows(0);

@@ -7,19 +7,28 @@
 
 namespace sparse24::cpu {
 
-// F32, F16, BF16 and I8 weights are 2:4, I4 weights pair 4:8.
+// F32, F16, BF16, I8 and I4_TWO_FOUR weights are 2:4, I4 weights pair 4:8.
 SPARSE24_INLINE constexpr Pattern pattern_of(Element weight) {
   return weight == Element::I4 ? Pattern::PAIR_FOUR_EIGHT : Pattern::TWO_FOUR;
 }
 
+SPARSE24_INLINE constexpr bool is_integer(Element element) { return element == Element::I8 || is_int4(element); }
+
+// Columns of an integer weight may share scales in groups: group_size of them, a multiple of GROUP_QUANTUM, the last
+// group perhaps fewer. 0: all columns are one group.
+constexpr int64_t GROUP_QUANTUM = 64;
+SPARSE24_INLINE constexpr int64_t scale_groups(int64_t in_features, int64_t group_size) {
+  return group_size == 0 || in_features <= group_size ? 1 : (in_features + group_size - 1) / group_size;
+}
+
 // Size in bytes of the packed form of W [out_features, in_features].
-int64_t packed_bytes(Element weight, int64_t out_features, int64_t in_features);
+int64_t packed_bytes(Element weight, int64_t out_features, int64_t in_features, int64_t group_size = 0);
 
 // Canonical <-> packed, exact to the bit both ways; memory-safe for any bytes.
 void pack(const void* values, const uint8_t* meta, Element weight, int64_t out_features, int64_t in_features,
-          uint8_t* packed);
+          uint8_t* packed, int64_t group_size = 0);
 void unpack(const uint8_t* packed, Element weight, int64_t out_features, int64_t in_features, void* values,
-            uint8_t* meta);
+            uint8_t* meta, int64_t group_size = 0);
 
 struct Linear {
   const void* x;          // [tokens, in_features], unit inner stride
@@ -27,12 +36,13 @@ struct Linear {
   Element x_element;      // F32, F16 or BF16; for I8 and I4 weights also I8
   const uint8_t* packed;  // W, 64-byte aligned
   Element weight;
-  bool weight_only;     // I8 and I4: x is multiplied as it is, not rounded to int8; x_element is not I8
+  bool weight_only;     // I8 and I4, always I4_TWO_FOUR: x is multiplied as it is, not rounded; x_element is not I8
   int64_t in_features;  // K
   Epilogue epilogue;    // kernels/linear.cuh; x_scales for an I8 x alone
   // 0, or how many tokens a plane of y has: then y [tokens / plane][y_stride][plane] is written, not
   // [tokens][y_stride].
   int64_t plane = 0;
+  int64_t group_size = 0;  // with one, y_type is not I32
 
   int64_t y_index(int64_t token, int64_t n) const {
     if (plane == 0) return token * epilogue.y_stride + n;

@@ -1,5 +1,5 @@
 // linear() on AMX, for more than a few tokens: of BF16 weights, of I8 and I4 weights with x rounded to int8, and of
-// those with BF16 x as it is.
+// those of integers with BF16 x as it is.
 //
 // The tile unit has no sparse product, so a piece of W becomes dense on its way: two blocks of 16 rows and PIECE_UNITS
 // of their columns, in the L1 and in the layout of B tiles, which every strip of 16 tokens of the panel then meets.
@@ -9,6 +9,7 @@
 //       for each two blocks
 //         expand: codes, values -> B tiles                  a shuffle for each 64 bytes
 //         for each two strips: 2 x 2 tiles of sums += two tiles of x . two B tiles
+//         with scale groups, at the end of one: totals += sums * scales
 //     epilogue of the sums
 //
 // From memory W comes compressed, and nothing dense is kept. A panel of x, [unit][row][64 bytes], has A tiles as it
@@ -157,6 +158,26 @@ struct Expand<Element::I8, Element::BF16> {
   }
 };
 
+// Bytes of a vector of int4 values in its low, or high, nibbles.
+SPARSE24_INLINE __m512i bytes_of_nibbles(__m512i nibbles, bool high) {
+  const __m512i sign = _mm512_set1_epi8(8), low = _mm512_srli_epi32(nibbles, high ? 4 : 0);
+  return _mm512_sub_epi8(_mm512_xor_si512(_mm512_and_si512(low, _mm512_set1_epi8(15)), sign), sign);
+}
+
+// As those of I8: a quad of int4 values is two groups.
+template <>
+struct Expand<Element::I4_TWO_FOUR, Element::BF16> {
+  static SPARSE24_INLINE void chunk(const uint8_t* chunk, uint8_t* tiles, int tile_step) {
+#pragma GCC unroll 16
+    for (int group = 0; group < 16; ++group) {
+      const __m512i codes = _mm512_srli_epi32(_mm512_loadu_si512(chunk + group / 8 * CODES_BYTES), 4 * (group % 8));
+      const __m512i eight = _mm512_loadu_si512(chunk + 2 * CODES_BYTES + group / 4 * 64);
+      const __m512i quad = bytes_of_nibbles(eight, group / 2 % 2 == 1);
+      expand_halves(bf16_of_bytes<true>(quad, group % 2 * 2), codes, group % 8, tiles + group / 8 * tile_step);
+    }
+  }
+};
+
 // As bfloat16, of four groups for each of two tiles; a pair is a lane, and a row of the tile one of four places.
 template <>
 struct Expand<Element::I4, Element::BF16> {
@@ -165,9 +186,8 @@ struct Expand<Element::I4, Element::BF16> {
 #pragma GCC unroll 8
     for (int group = 0; group < 8; ++group) {
       const __m512i codes = _mm512_srli_epi32(all_codes, 4 * group);
-      const __m512i both = _mm512_srli_epi32(_mm512_loadu_si512(chunk + CODES_BYTES + group / 2 * 64), group % 2 * 4);
-      const __m512i sign = _mm512_set1_epi8(8);
-      const __m512i bytes = _mm512_sub_epi8(_mm512_xor_si512(_mm512_and_si512(both, _mm512_set1_epi8(15)), sign), sign);
+      const __m512i both = _mm512_loadu_si512(chunk + CODES_BYTES + group / 2 * 64);
+      const __m512i bytes = bytes_of_nibbles(both, group % 2 == 1);
       const __m512i pairs[2] = {bf16_of_bytes<true>(bytes, 0), bf16_of_bytes<true>(bytes, 2)};
       for (int place = 0; place < 4; ++place) {
         const __m512i low = _mm512_set1_epi32(3), high = _mm512_set1_epi32(12);
@@ -275,11 +295,11 @@ struct Amx {
                    : *avx512_bf16_kernels(WEIGHT, is_integer(WEIGHT), Element::BF16);
   }
 
-  // Adds the products of some chunks of columns to the sums of two blocks, or of one.
+  // Adds the products of some chunks of columns to the sums of two blocks, or of one; `first` makes the sums anew.
   template <int BLOCKS>
   static void multiply_blocks(const Linear& call, const Tile& tile, int64_t block, int64_t chunk, int chunks,
-                              const Strips& strips, uint8_t* tiles, uint8_t* sums) {
-    const int64_t bytes = block_bytes(WEIGHT, call.in_features), unit_bytes = tile.panel_rows * UNIT_BYTES;
+                              bool first, const Strips& strips, uint8_t* tiles, uint8_t* sums) {
+    const int64_t bytes = block_bytes(call), unit_bytes = tile.panel_rows * UNIT_BYTES;
     for (int i = 0; i < BLOCKS; ++i) {
       const uint8_t* const w = call.packed + (block + i) * bytes + chunk * chunk_bytes(WEIGHT);
       expand<WEIGHT, PANEL>(w, chunks, tiles + i * TILE_BYTES);
@@ -289,11 +309,21 @@ struct Amx {
     for (; strip + 1 < strips.count; strip += 2) {
       const int begin = strips.begin(strip), step = strips.begin(strip + 1) - begin;
       multiply_piece<PANEL, 2, BLOCKS>(x + begin * UNIT_BYTES, step * UNIT_BYTES, unit_bytes, chunks * UNITS, tiles,
-                                       sums + 2 * strip * TILE_BYTES, chunk == 0);
+                                       sums + 2 * strip * TILE_BYTES, first);
     }
     if (strip < strips.count) {
       multiply_piece<PANEL, 1, BLOCKS>(x + strips.begin(strip) * UNIT_BYTES, 0, unit_bytes, chunks * UNITS, tiles,
-                                       sums + 2 * strip * TILE_BYTES, chunk == 0);
+                                       sums + 2 * strip * TILE_BYTES, first);
+    }
+  }
+
+  // Adds the scaled sums of a scale group and of two blocks, or of one, to the totals, `totals` bytes behind them.
+  static void add_groups(const Linear& call, int64_t block, int64_t last, int64_t group, const Strips& strips,
+                         uint8_t* sums, int64_t totals) {
+    for (int i = 0; i < 2 * strips.count; ++i, sums += TILE_BYTES) {
+      if (block + i % 2 >= last) continue;
+      add_group<INTEGER>(call, strips.height, block + i % 2, group, reinterpret_cast<const __m512i*>(sums),
+                         reinterpret_cast<__m512i*>(sums + totals));
     }
   }
 
@@ -315,7 +345,7 @@ struct Amx {
     Tile strip = tile;
     strip.first_token += begin + overlap, strip.rows = height - overlap;
     if (tile.x_scales) strip.x_scales += begin + overlap;
-    finish_for<INTEGER>(call.epilogue.activation)(call, strip, block, sums + overlap);
+    finish_for<INTEGER>(call)(call, strip, block, sums + overlap);
     if constexpr (!INTEGER) {
       const auto zeros = [&](int row) SPARSE24_LAMBDA {  // 0, or NaN where a sum is not finite
         return _mm512_mul_ps(_mm512_castsi512_ps(sums[row]), _mm512_setzero_ps());
@@ -334,31 +364,40 @@ struct Amx {
   static void multiply(const Linear& call, const Tile& tile) {
     alignas(64) uint8_t tiles[PIECE_UNITS * 2 * TILE_BYTES];
     const Strips strips(tile.rows);
-    const int64_t chunks = chunk_count(WEIGHT, call.in_features);
-    const int64_t pieces = std::max<int64_t>((chunks + PIECE_CHUNKS - 1) / PIECE_CHUNKS, 1);  // of no columns, one
-    const int64_t run = pieces == 1 ? 2 : RUN_BLOCKS, pair_bytes = strips.count * 2 * TILE_BYTES;
-    uint8_t* const sums = sums_of_thread(run / 2 * pair_bytes);
+    const int64_t chunks = chunk_count(WEIGHT, call.in_features), shared = group_chunks(call);
+    const int64_t run = chunks <= PIECE_CHUNKS ? 2 : RUN_BLOCKS, pair_bytes = strips.count * 2 * TILE_BYTES;
+    const int64_t run_bytes = run / 2 * pair_bytes;
+    uint8_t* const sums = sums_of_thread(call.group_size ? 2 * run_bytes : run_bytes);
+    uint8_t* const results = call.group_size ? sums + run_bytes : sums;
     const TileConfig config(strips.height);
     asm volatile("" ::: "memory");  // the intrinsic does not say that it reads all of it
     _tile_loadconfig(&config);
     for (int64_t first = tile.first_block; first < tile.last_block; first += run) {
       const int64_t last = std::min(first + run, tile.last_block);
-      for (int64_t piece = 0; piece < pieces; ++piece) {
-        const int64_t chunk = chunks * piece / pieces;
-        const int count = static_cast<int>(chunks * (piece + 1) / pieces - chunk);
-        uint8_t* pair = sums;
-        for (int64_t block = first; block < last; block += 2, pair += pair_bytes) {
-          if (block + 1 < last) {
-            multiply_blocks<2>(call, tile, block, chunk, count, strips, tiles, pair);
-          } else {
-            multiply_blocks<1>(call, tile, block, chunk, count, strips, tiles, pair);
+      if (call.group_size) std::memset(results, 0, run_bytes);
+      int64_t begin = 0, group = 0;
+      do {
+        const int64_t width = std::min(shared, chunks - begin);
+        const int64_t pieces = std::max<int64_t>((width + PIECE_CHUNKS - 1) / PIECE_CHUNKS, 1);  // of no columns, one
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+          const int64_t chunk = begin + width * piece / pieces;
+          const int count = static_cast<int>(begin + width * (piece + 1) / pieces - chunk);
+          for (int64_t block = first; block < last; block += 2) {
+            uint8_t* const pair = sums + (block - first) / 2 * pair_bytes;
+            if (block + 1 < last) {
+              multiply_blocks<2>(call, tile, block, chunk, count, piece == 0, strips, tiles, pair);
+            } else {
+              multiply_blocks<1>(call, tile, block, chunk, count, piece == 0, strips, tiles, pair);
+            }
+            if (call.group_size && piece + 1 == pieces) add_groups(call, block, last, group, strips, pair, run_bytes);
           }
         }
-      }
+        begin += shared, ++group;
+      } while (begin < chunks);
       for (int strip = 0; strip < strips.count; ++strip) {
         for (int64_t block = first; block < last; ++block) {
           const uint8_t* const sum =
-              sums + (block - first) / 2 * pair_bytes + (2 * strip + (block - first) % 2) * TILE_BYTES;
+              results + (block - first) / 2 * pair_bytes + (2 * strip + (block - first) % 2) * TILE_BYTES;
           finish_strip(call, tile, block, strips.begin(strip), strips.height, strips.overlap(strip),
                        reinterpret_cast<const __m512i*>(sum));
         }
@@ -375,12 +414,18 @@ Kernels with_pack_of(const Kernels& general) {
 }
 
 template <Element WEIGHT>
+const Kernels* weight_only_kernels(Element x_element) {
+  constexpr Element BF16 = Element::BF16;
+  static const Kernels KERNELS = with_pack_of<WEIGHT, BF16>(*avx512_bf16_kernels(WEIGHT, true, BF16));
+  return x_element == BF16 ? &KERNELS : nullptr;
+}
+
+template <Element WEIGHT>
 const Kernels* integer_kernels(bool weight_only, Element x_element) {
-  constexpr Element BF16 = Element::BF16, I8 = Element::I8;
+  constexpr Element I8 = Element::I8;
   static const Kernels ROUNDED = with_pack_of<WEIGHT, I8>(*avx512_kernels(WEIGHT, false, Element::F32));
   static const Kernels INT8_X = with_pack_of<WEIGHT, I8>(*avx512_kernels(WEIGHT, false, I8));
-  static const Kernels WEIGHT_ONLY = with_pack_of<WEIGHT, BF16>(*avx512_bf16_kernels(WEIGHT, true, BF16));
-  if (weight_only) return x_element == BF16 ? &WEIGHT_ONLY : nullptr;
+  if (weight_only) return weight_only_kernels<WEIGHT>(x_element);
   return x_element == I8 ? &INT8_X : &ROUNDED;
 }
 
@@ -396,6 +441,8 @@ const Kernels* amx_kernels(Element weight, bool weight_only, Element x_element) 
       return integer_kernels<Element::I8>(weight_only, x_element);
     case Element::I4:
       return integer_kernels<Element::I4>(weight_only, x_element);
+    case Element::I4_TWO_FOUR:
+      return weight_only_kernels<Element::I4_TWO_FOUR>(x_element);
     default:
       return nullptr;
   }

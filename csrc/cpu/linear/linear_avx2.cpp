@@ -140,7 +140,7 @@ SPARSE24_INLINE __m256 float_values(const uint8_t* values, int slot) {
     const __m256i four = load(values + slot / 4 * 64);
     return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(four, 24 - slot % 4 * 8), 24));
   }
-  const __m256i eight = load(values + slot / 8 * 64);
+  const __m256i eight = load(values + slot / 8 * 64);  // int4
   return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(eight, 28 - slot % 4 * 8 - slot / 4 % 2 * 4), 28));
 }
 
@@ -286,27 +286,34 @@ FinishRow finish_for(Activation activation) {
   }
 }
 
+// Of sums of floats, or of the totals of scale groups.
 template <bool>
 void finish(const Linear& call, const Tile& tile, int row, int64_t block, const __m256 (&sums)[2]) {
   alignas(32) float v[BLOCK_ROWS];
   for (int half = 0; half < 2; ++half) _mm256_store_ps(v + 8 * half, sums[half]);
   const int64_t column = block * BLOCK_ROWS;
   const int count = static_cast<int>(std::min<int64_t>(BLOCK_ROWS, call.epilogue.out_features - column));
-  if (call.epilogue.scales) {
+  if (call.group_size) {
+    for (int i = 0; tile.x_scales && i < count; ++i) v[i] *= tile.x_scales[row];
+  } else if (call.epilogue.scales) {
     for (int i = 0; i < count; ++i) v[i] *= call.epilogue.scales[column + i];
   }
   finish_for(call.epilogue.activation)(call, tile.first_token + row, column, count, v);
 }
 
+// The sums of the products of integers, of eight rows of W.
+template <bool COMPENSATED>
+SPARSE24_INLINE __m256i exact_sums(const Linear& call, int64_t block, int64_t group, int half, __m256i sums) {
+  if (COMPENSATED) sums = _mm256_sub_epi32(sums, load(compensation_of(call, block, group) + 32 * half));
+  return _mm256_sra_epi32(sums, _mm_cvtsi32_si128(sum_shift(call.weight)));
+}
+
 template <bool COMPENSATED>
 void finish(const Linear& call, const Tile& tile, int row, int64_t block, const __m256i (&sums)[2]) {
   alignas(32) int32_t sum[BLOCK_ROWS];
-  const uint8_t* const end = call.packed + (block + 1) * block_bytes(call.weight, call.in_features);
   for (int half = 0; half < 2; ++half) {
-    __m256i exact = sums[half];
-    if (COMPENSATED) exact = _mm256_sub_epi32(exact, load(end - COMPENSATION_BYTES + 32 * half));
-    const __m256i shifted = _mm256_sra_epi32(exact, _mm_cvtsi32_si128(sum_shift(call.weight)));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(sum + 8 * half), shifted);
+    const __m256i exact = exact_sums<COMPENSATED>(call, block, 0, half, sums[half]);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(sum + 8 * half), exact);
   }
   const Epilogue& epilogue = call.epilogue;
   const int64_t column = block * BLOCK_ROWS, token = tile.first_token + row;
@@ -323,21 +330,23 @@ void finish(const Linear& call, const Tile& tile, int row, int64_t block, const 
 
 // ---- Tiles ----
 
-// The sums of rows [first, first + ROWS) of the panel and one block, for its halves [begin, begin + HALVES).
+// The sums of rows [first, first + ROWS) of the panel and chunks [from, to) of one block, for its halves
+// [begin, begin + HALVES).
 template <class Dot, int ROWS, int HALVES>
-void sum_rows(const Linear& call, const Tile& tile, int first, int64_t block, int begin,
+void sum_rows(const Linear& call, const Tile& tile, int first, int64_t block, int64_t from, int64_t to, int begin,
               typename Dot::Sum (*results)[2]) {
   constexpr int COLUMNS = chunk_columns(Dot::WEIGHT), CHUNK_BYTES = chunk_bytes(Dot::WEIGHT);
   constexpr int GROUPS = COLUMNS / group_columns(pattern_of(Dot::WEIGHT));
   constexpr int HALF_BYTES = Dot::WEIGHT == Element::F16 ? 16 : 32;  // eight rows of a vector of values
-  const uint8_t* w = call.packed + block * block_bytes(Dot::WEIGHT, call.in_features);
-  const uint8_t* x = tile.panel + first * UNIT_BYTES;
+  constexpr int CHUNK_UNITS = COLUMNS * (Dot::PANEL == Element::F32 ? 4 : 1) / UNIT_BYTES;
   const int64_t unit_stride = tile.panel_rows * UNIT_BYTES;
+  const uint8_t* w = call.packed + block * block_bytes(call) + from * CHUNK_BYTES;
+  const uint8_t* x = tile.panel + first * UNIT_BYTES + from * CHUNK_UNITS * unit_stride;
   typename Dot::Sum sums[HALVES][ROWS];
   for (auto& half : sums) {
     for (auto& sum : half) sum = Dot::zero();
   }
-  for (int64_t chunk = 0; chunk < chunk_count(Dot::WEIGHT, call.in_features); ++chunk, w += CHUNK_BYTES) {
+  for (int64_t chunk = from; chunk < to; ++chunk, w += CHUNK_BYTES) {
 #pragma GCC unroll 16
     for (int group = 0; group < GROUPS; group += Dot::GROUPS) {
       const int at = group * Dot::GROUP_BYTES;
@@ -349,22 +358,57 @@ void sum_rows(const Linear& call, const Tile& tile, int first, int64_t block, in
         Dot::template add<ROWS>(sums[half], codes, values, group, columns);
       }
     }
-    x += COLUMNS * (Dot::PANEL == Element::F32 ? 4 : 1) / UNIT_BYTES * unit_stride;
+    x += CHUNK_UNITS * unit_stride;
   }
   for (int row = 0; row < ROWS; ++row) {
     for (int half = 0; half < HALVES; ++half) results[row][begin + half] = sums[half][row];
   }
 }
 
+// totals += sums * scales, of the scale group `group` and one row of x.
+template <class Dot>
+void add_group(const Linear& call, int64_t block, int64_t group, const typename Dot::Sum (&sums)[2],
+               __m256 (&totals)[2]) {
+  const int64_t column = block * BLOCK_ROWS, out_features = call.epilogue.out_features;
+  alignas(32) float scales[BLOCK_ROWS] = {};
+  std::copy_n(call.epilogue.scales + group * out_features + column,
+              std::min<int64_t>(BLOCK_ROWS, out_features - column), scales);
+  for (int half = 0; half < 2; ++half) {
+    __m256 sum;
+    if constexpr (Dot::PANEL == Element::I8) {
+      sum = _mm256_cvtepi32_ps(exact_sums<Dot::COMPENSATED>(call, block, group, half, sums[half]));
+    } else {
+      sum = sums[half];
+    }
+    totals[half] = _mm256_add_ps(totals[half], _mm256_mul_ps(sum, _mm256_load_ps(scales + 8 * half)));
+  }
+}
+
 template <class Dot, int ROWS>
 void multiply_rows(const Linear& call, const Tile& tile, int first, int64_t block) {
+  const int64_t chunks = chunk_count(Dot::WEIGHT, call.in_features), shared = group_chunks(call);
   typename Dot::Sum results[ROWS][2];
-  if constexpr (ROWS <= ROWS_OF_BOTH_HALVES) {
-    sum_rows<Dot, ROWS, 2>(call, tile, first, block, 0, results);
-  } else {
-    for (int half = 0; half < 2; ++half) sum_rows<Dot, ROWS, 1>(call, tile, first, block, half, results);
+  __m256 totals[ROWS][2] = {};
+  int64_t from = 0, group = 0;
+  do {
+    const int64_t to = std::min(from + shared, chunks);
+    if constexpr (ROWS <= ROWS_OF_BOTH_HALVES) {
+      sum_rows<Dot, ROWS, 2>(call, tile, first, block, from, to, 0, results);
+    } else {
+      for (int half = 0; half < 2; ++half) sum_rows<Dot, ROWS, 1>(call, tile, first, block, from, to, half, results);
+    }
+    if (call.group_size) {
+      for (int row = 0; row < ROWS; ++row) add_group<Dot>(call, block, group, results[row], totals[row]);
+    }
+    from += shared, ++group;
+  } while (from < chunks);
+  for (int row = 0; row < ROWS; ++row) {
+    if (call.group_size) {
+      finish<false>(call, tile, first + row, block, totals[row]);
+    } else {
+      finish<Dot::COMPENSATED>(call, tile, first + row, block, results[row]);
+    }
   }
-  for (int row = 0; row < ROWS; ++row) finish<Dot::COMPENSATED>(call, tile, first + row, block, results[row]);
 }
 
 template <class Dot, int... ROWS>
@@ -394,6 +438,7 @@ constexpr Kernels F16 = kernels_of<FloatDot<Element::F16>>(pack_floats<false>);
 constexpr Kernels BF16 = kernels_of<FloatDot<Element::BF16>>(pack_floats<true>);
 constexpr Kernels I8_ONLY = kernels_of<FloatDot<Element::I8>>(pack_floats<false>);
 constexpr Kernels I4_ONLY = kernels_of<FloatDot<Element::I4>>(pack_floats<false>);
+constexpr Kernels I4_TWO_FOUR = kernels_of<FloatDot<Element::I4_TWO_FOUR>>(pack_floats<false>);
 constexpr Kernels I8[] = {kernels_of<IntegerDot<Element::I8, true>>(quantize_rows),
                           kernels_of<IntegerDot<Element::I8, false>>(pack_int8)};
 constexpr Kernels I4[] = {kernels_of<IntegerDot<Element::I4, true>>(quantize_rows),
@@ -412,6 +457,8 @@ const Kernels* avx2_kernels(Element weight, bool weight_only, Element x_element)
       return weight_only ? &I8_ONLY : &I8[int8_x];
     case Element::I4:
       return weight_only ? &I4_ONLY : &I4[int8_x];
+    case Element::I4_TWO_FOUR:
+      return &I4_TWO_FOUR;
     default:
       return &F32;
   }

@@ -10,6 +10,8 @@
 //
 // x is never broadcast or expanded, W never decompressed, and y comes out row-major.
 #pragma once
+#include <algorithm>
+
 #include "csrc/cpu/linear/linear_kernels.h"
 #include "csrc/cpu/linear/vector_avx512.h"
 
@@ -64,8 +66,27 @@ SPARSE24_INLINE void store_planes(const Linear& call, int64_t token, int count, 
   }
 }
 
-// y of one block and the rows of the tile, from its sums, [rows] of float or of int32. Bias, residual, activation,
-// rounding, store.
+// totals [rows] += sums * scales, of the scale group `group` of a block; the sums are float, or int32 as a panel of I8
+// has them.
+template <bool INTEGER>
+void add_group(const Linear& call, int rows, int64_t block, int64_t group, const __m512i* sums, __m512i* totals) {
+  const Epilogue& epilogue = call.epilogue;
+  const int64_t column = block * BLOCK_ROWS;
+  const __m512 scales = _mm512_maskz_loadu_ps(first_lanes(epilogue.out_features - column),
+                                              epilogue.scales + group * epilogue.out_features + column);
+  __m512i compensation = _mm512_setzero_si512();
+  if constexpr (INTEGER) compensation = _mm512_loadu_si512(compensation_of(call, block, group));
+  const __m128i shift = _mm_cvtsi32_si128(sum_shift(call.weight));
+  for (int row = 0; row < rows; ++row) {
+    __m512 sum = _mm512_castsi512_ps(sums[row]);
+    if constexpr (INTEGER) sum = _mm512_cvtepi32_ps(_mm512_sra_epi32(_mm512_sub_epi32(sums[row], compensation), shift));
+    const __m512 total = _mm512_add_ps(_mm512_castsi512_ps(totals[row]), _mm512_mul_ps(sum, scales));
+    totals[row] = _mm512_castps_si512(total);
+  }
+}
+
+// y of one block and the rows of the tile, from its sums, [rows] of float or of int32, or of scale groups from totals.
+// Bias, residual, activation, rounding, store.
 template <bool INTEGER, Activation ACTIVATION>
 void finish(const Linear& call, const Tile& tile, int64_t block, const __m512i* sums) {
   const Epilogue epilogue = call.epilogue;  // a copy, which the stores to y cannot be taken to change
@@ -74,11 +95,12 @@ void finish(const Linear& call, const Tile& tile, int64_t block, const __m512i* 
   const float* const x_scales = tile.x_scales;
   const __mmask16 mask = first_lanes(features);
   const __m512 zero = _mm512_setzero_ps();
-  const __m512 scales = epilogue.scales ? _mm512_maskz_loadu_ps(mask, epilogue.scales + column) : _mm512_set1_ps(1);
+  const bool groups = call.group_size != 0, scaled = epilogue.scales && !groups;
+  const __m512 scales = scaled ? _mm512_maskz_loadu_ps(mask, epilogue.scales + column) : _mm512_set1_ps(1);
   const __m512 bias = epilogue.bias ? load_floats(epilogue.bias, element_of(epilogue.bias_type), column, mask) : zero;
   const __m512 y_scale = _mm512_set1_ps(epilogue.y_scale ? *epilogue.y_scale : 1);
-  const uint8_t* const end = call.packed + (block + 1) * block_bytes(call.weight, call.in_features);
-  const __m512i compensation = INTEGER ? _mm512_loadu_si512(end - COMPENSATION_BYTES) : _mm512_setzero_si512();
+  __m512i compensation = _mm512_setzero_si512();
+  if constexpr (INTEGER) compensation = _mm512_loadu_si512(compensation_of(call, block, 0));
   const __m128i shift = _mm_cvtsi32_si128(sum_shift(call.weight));
 
   const auto value = [&](int row) SPARSE24_LAMBDA {
@@ -89,7 +111,8 @@ void finish(const Linear& call, const Tile& tile, int64_t block, const __m512i* 
       v = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(_mm512_set1_ps(x_scales[row]), scales));
     } else {
       v = _mm512_castsi512_ps(sums[row]);
-      if (epilogue.scales) v = _mm512_mul_ps(v, scales);
+      if (scaled) v = _mm512_mul_ps(v, scales);
+      if (groups && x_scales) v = _mm512_mul_ps(v, _mm512_set1_ps(x_scales[row]));
     }
     if (epilogue.bias) v = _mm512_add_ps(v, bias);
     if (epilogue.residual) {
@@ -125,7 +148,7 @@ void finish(const Linear& call, const Tile& tile, int64_t block, const __m512i* 
 using Finish = void (*)(const Linear& call, const Tile& tile, int64_t block, const __m512i* sums);
 
 template <bool INTEGER>
-Finish finish_for(Activation activation) {
+Finish finish_by(Activation activation) {
   switch (activation) {
     case Activation::RELU:
       return finish<INTEGER, Activation::RELU>;
@@ -138,6 +161,12 @@ Finish finish_for(Activation activation) {
     default:
       return finish<INTEGER, Activation::NONE>;
   }
+}
+
+// The epilogue of a call whose panels are of I8, or of floats.
+template <bool INTEGER>
+Finish finish_for(const Linear& call) {
+  return call.group_size ? finish_by<false>(call.epilogue.activation) : finish_by<INTEGER>(call.epilogue.activation);
 }
 
 // y of a block comes into the cache while its sums are made: its rows are far apart and no prefetcher sees them coming.
@@ -160,55 +189,64 @@ void multiply_rows(const Linear& call, const Tile& tile) {
   // Independent sums per output, where rows alone are too few to hide the latency of the dot product.
   constexpr int SUMS = ROWS <= 4 ? 4 : ROWS <= 8 ? 2 : 1;
   constexpr bool ROOM = ROWS * SUMS <= 16;
-  const int64_t chunks = chunk_count(Dot::WEIGHT, call.in_features);
-  const int64_t bytes = block_bytes(Dot::WEIGHT, call.in_features);
+  constexpr bool INTEGER = Dot::PANEL == Element::I8;
+  const int64_t chunks = chunk_count(Dot::WEIGHT, call.in_features), shared = group_chunks(call);
+  const int64_t bytes = block_bytes(call);
   const int64_t ahead = prefetch_distance<Dot::WEIGHT, ROWS>(block_count(call.epilogue.out_features) * bytes);
   // Of the last chunk, the second half may be filling alone.
   const bool half = (call.in_features + COLUMNS / 2 - 1) / (COLUMNS / 2) % 2 == 1;
-  const Finish finish = finish_for<Dot::PANEL == Element::I8>(call.epilogue.activation);
+  const Finish finish = finish_for<INTEGER>(call);
 
   for (int64_t block = tile.first_block; block < tile.last_block; ++block) {
     const uint8_t* w = call.packed + block * bytes;
     const uint8_t* x = tile.panel;
     prefetch_y(call, tile, block, ROWS);
 
-    __m512i sums[ROWS][SUMS] = {};
+    __m512i results[ROWS], totals[ROWS] = {};
     __m512i control = Dot::template control<ROOM>(w, 0);
-    const auto multiply_step = [&](int step) SPARSE24_LAMBDA {
-      if constexpr (ROWS >= PREFETCH_MIN_ROWS) {
-        for (int line = LINES * step / Dot::STEPS; line < LINES * (step + 1) / Dot::STEPS; ++line) {
-          __builtin_prefetch(w + ahead + 64 * line, 0, 2);
+    for (int64_t begin = 0, group = 0;; begin += shared, ++group) {
+      const int64_t end = std::min(begin + shared, chunks);
+      const bool is_last = end == chunks, cut = is_last && half;
+      __m512i sums[ROWS][SUMS] = {};
+      const auto multiply_step = [&](int step) SPARSE24_LAMBDA {
+        if constexpr (ROWS >= PREFETCH_MIN_ROWS) {
+          for (int line = LINES * step / Dot::STEPS; line < LINES * (step + 1) / Dot::STEPS; ++line) {
+            __builtin_prefetch(w + ahead + 64 * line, 0, 2);
+          }
         }
+        // One step ahead, and kept there: otherwise the FP scheduler fills with permutes that wait for their control.
+        __m512i next = step + 1 < Dot::STEPS ? Dot::template control<ROOM>(w, step + 1)
+                                             : Dot::template control<ROOM>(w + CHUNK_BYTES, 0);
+        asm volatile("" : "+v"(next));
+        const __m512i values = Dot::template values<ROOM>(w, step);
+#pragma GCC unroll 32
+        for (int row = 0; row < ROWS; ++row) {
+          Dot::add(sums[row][step % SUMS], control, x + (step / Dot::UNIT_STEPS * ROWS + row) * UNIT_BYTES, values);
+        }
+        control = next;
+      };
+      for (int64_t chunk = begin + cut; chunk < end; ++chunk) {
+#pragma GCC unroll 32
+        for (int step = 0; step < Dot::STEPS; ++step) multiply_step(step);
+        w += CHUNK_BYTES;
+        x += Dot::STEPS / Dot::UNIT_STEPS * ROWS * UNIT_BYTES;
       }
-      // One step ahead, and kept there: otherwise the FP scheduler fills with permutes that wait for their control.
-      __m512i next = step + 1 < Dot::STEPS ? Dot::template control<ROOM>(w, step + 1)
-                                           : Dot::template control<ROOM>(w + CHUNK_BYTES, 0);
-      asm volatile("" : "+v"(next));
-      const __m512i values = Dot::template values<ROOM>(w, step);
+      if (cut) {
+#pragma GCC unroll 32
+        for (int step = 0; step < Dot::STEPS / 2; ++step) multiply_step(step);
+      }
 #pragma GCC unroll 32
       for (int row = 0; row < ROWS; ++row) {
-        Dot::add(sums[row][step % SUMS], control, x + (step / Dot::UNIT_STEPS * ROWS + row) * UNIT_BYTES, values);
-      }
-      control = next;
-    };
-    for (int64_t chunk = half; chunk < chunks; ++chunk) {
-#pragma GCC unroll 32
-      for (int step = 0; step < Dot::STEPS; ++step) multiply_step(step);
-      w += CHUNK_BYTES;
-      x += Dot::STEPS / Dot::UNIT_STEPS * ROWS * UNIT_BYTES;
-    }
-    if (half) {
-#pragma GCC unroll 32
-      for (int step = 0; step < Dot::STEPS / 2; ++step) multiply_step(step);
-    }
-    __m512i results[ROWS];
-#pragma GCC unroll 32
-    for (int row = 0; row < ROWS; ++row) {
 #pragma GCC unroll 4
-      for (int i = 1; i < SUMS; ++i) sums[row][0] = Dot::sum(sums[row][0], sums[row][i]);
-      results[row] = sums[row][0];
+        for (int i = 1; i < SUMS; ++i) sums[row][0] = Dot::sum(sums[row][0], sums[row][i]);
+        results[row] = sums[row][0];
+      }
+      if constexpr (is_integer(Dot::WEIGHT)) {
+        if (call.group_size) add_group<INTEGER>(call, ROWS, block, group, results, totals);
+      }
+      if (is_last) break;
     }
-    finish(call, tile, block, results);
+    finish(call, tile, block, call.group_size ? totals : results);
   }
 }
 

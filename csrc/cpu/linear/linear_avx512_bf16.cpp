@@ -1,5 +1,5 @@
-// linear() with AVX512_BF16, where vdpbf16ps takes two values at once: for BF16 weights, and for I8 and I4 weights with
-// BF16 x, integers of eight bits being exact in bfloat16.
+// linear() with AVX512_BF16, where vdpbf16ps takes two values at once: for BF16 weights, and for weights of integers
+// with BF16 x, those of eight bits being exact in bfloat16.
 #include "csrc/cpu/linear/linear_avx512.h"
 
 namespace sparse24::cpu {
@@ -106,6 +106,44 @@ struct I4Bf16Dot : Bf16Products {
   }
 };
 
+// I4TwoFourBf16Dot: a quad is two groups, which lie in both halves of a lane. The two values of a step are the first of
+// each group, or the second of each.
+struct QuadTables {
+  uint8_t bits[8][64];  // by place of the quad's codes in a lane, first or second: where in 64 bits the indices begin
+  uint32_t index[16], group[4][16];
+  constexpr QuadTables() : bits(), index(), group() {
+    for (int i = 0; i < 64; ++i) {
+      for (int j = 0; j < 8; ++j) {
+        bits[j][i] = static_cast<uint8_t>(i / 4 % 2 * 32 + j / 2 * 8 + i % 4 / 2 * 4 + j % 2 * 2);
+      }
+    }
+    for (int i = 0; i < 16; ++i) {
+      index[i] = 0x00030003;
+      for (int j = 0; j < 4; ++j) group[j][i] = static_cast<uint32_t>(8 * j + 4) << 16 | static_cast<uint32_t>(8 * j);
+    }
+  }
+};
+alignas(64) constexpr QuadTables QUAD_TABLES;
+
+struct I4TwoFourBf16Dot : Bf16Products {
+  static constexpr Element WEIGHT = Element::I4_TWO_FOUR, PANEL = Element::BF16;
+  static constexpr int STEPS = 16, UNIT_STEPS = 8;
+
+  template <bool ROOM>
+  static SPARSE24_INLINE __m512i control(const uint8_t* chunk, int step) {
+    const int quad = step / 2;
+    const __m512i codes = _mm512_multishift_epi64_epi8(constant<ROOM>(QUAD_TABLES.bits[quad % 4 * 2 + step % 2]),
+                                                       _mm512_loadu_si512(chunk + quad / 4 * CODES_BYTES));
+    return _mm512_ternarylogic_epi32(codes, constant<ROOM>(QUAD_TABLES.index),
+                                     constant<ROOM>(QUAD_TABLES.group[quad % 4]), 0xEA);  // (codes & index) | group
+  }
+
+  template <bool ROOM>
+  static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
+    return I4Bf16Dot::values<ROOM>(chunk + CODES_BYTES, step);
+  }
+};
+
 void pack_bf16(const Strip& strip) {
   for (int row = 0; row < strip.count; ++row) {
     const void* const x = strip.rows[row];
@@ -127,13 +165,14 @@ void pack_bf16(const Strip& strip) {
 constexpr Kernels BF16_KERNELS = kernels_of<Bf16Dot>(pack_bf16);
 constexpr Kernels I8_KERNELS = kernels_of<I8Bf16Dot>(pack_bf16);
 constexpr Kernels I4_KERNELS = kernels_of<I4Bf16Dot>(pack_bf16);
+constexpr Kernels I4_TWO_FOUR_KERNELS = kernels_of<I4TwoFourBf16Dot>(pack_bf16);
 
 }  // namespace
 
 const Kernels* avx512_bf16_kernels(Element weight, bool weight_only, Element x_element) {
   if (weight == Element::BF16) return &BF16_KERNELS;
   if (!weight_only || x_element != Element::BF16) return nullptr;
-  return weight == Element::I8 ? &I8_KERNELS : &I4_KERNELS;
+  return weight == Element::I8 ? &I8_KERNELS : weight == Element::I4 ? &I4_KERNELS : &I4_TWO_FOUR_KERNELS;
 }
 
 }  // namespace sparse24::cpu

@@ -20,7 +20,7 @@ namespace {
 // The value in `slot` of `row` of a chunk.
 template <Element WEIGHT, class Value>
 SPARSE24_INLINE Value value_at(const uint8_t* values, int slot, int row) {
-  if constexpr (WEIGHT == Element::I4) {
+  if constexpr (is_int4(WEIGHT)) {
     const int byte = values[(slot / 8 * BLOCK_ROWS + row) * 4 + slot % 4];
     return static_cast<Value>(static_cast<int8_t>(byte << (slot / 4 % 2 == 0 ? 4 : 0)) >> 4);
   } else {
@@ -39,7 +39,7 @@ SPARSE24_INLINE Value value_at(const uint8_t* values, int slot, int row) {
 template <Element WEIGHT, class Value>
 void decode_block(const Linear& call, int64_t block, Value* rows, int64_t stride) {
   constexpr int UNIT = group_columns(pattern_of(WEIGHT)) / 4;  // columns
-  const uint8_t* chunk = call.packed + block * block_bytes(WEIGHT, call.in_features);
+  const uint8_t* chunk = call.packed + block * block_bytes(call);
   const uint8_t* const end = chunk + chunk_count(WEIGHT, call.in_features) * chunk_bytes(WEIGHT);
   for (; chunk < end; chunk += chunk_bytes(WEIGHT), rows += chunk_columns(WEIGHT)) {
     for (int row = 0; row < BLOCK_ROWS; ++row) {
@@ -65,8 +65,10 @@ void decode_floats(const Linear& call, int64_t block, float* rows, int64_t strid
       return decode_block<Element::BF16>(call, block, rows, stride);
     case Element::I8:
       return decode_block<Element::I8>(call, block, rows, stride);
-    default:
+    case Element::I4:
       return decode_block<Element::I4>(call, block, rows, stride);
+    default:
+      return decode_block<Element::I4_TWO_FOUR>(call, block, rows, stride);
   }
 }
 
@@ -174,10 +176,10 @@ void prepare_x(const Linear& call, int64_t first, int64_t last, Element element,
 void finish_dense(const Linear& call, int64_t first, int64_t last, int64_t first_block, int64_t last_block,
                   Number sum_type, const void* sums, int64_t stride, const float* x_scales) {
   const DenseFinish& finish = dense_finish();
-  const int64_t bytes = block_bytes(call.weight, call.in_features);
+  const bool quantized = is_integer(call.weight) && !call.weight_only;
   const auto finish_tile = [&](int64_t begin, int64_t end, int64_t block) {
     const Tile tile{.panel = nullptr,
-                    .x_scales = x_scales + (begin - first),
+                    .x_scales = quantized ? x_scales + (begin - first) : nullptr,
                     .first_token = begin,
                     .rows = static_cast<int>(end - begin),
                     .panel_rows = static_cast<int>(end - begin),
@@ -187,7 +189,7 @@ void finish_dense(const Linear& call, int64_t first, int64_t last, int64_t first
     if (sum_type == Number::I32) {
       // As a panel of int8 has them: shifted, with the compensation.
       uint32_t compensation[BLOCK_ROWS];
-      std::memcpy(compensation, call.packed + (block + 1) * bytes - COMPENSATION_BYTES, COMPENSATION_BYTES);
+      std::memcpy(compensation, compensation_of(call, block, 0), COMPENSATION_BYTES);
       alignas(UNIT_BYTES) int32_t tile_sums[PANEL_ROWS][BLOCK_ROWS];
       for (int row = 0; row < tile.rows; ++row) {
         const auto from = static_cast<const int32_t*>(sums) + at + row * stride;

@@ -43,7 +43,8 @@ constexpr int64_t EXACT_COLUMNS = 2048;
 static_assert(EXACT_COLUMNS / 2 * 128 * 128 <= 1 << 24, "half the columns hold a product of two int8");
 
 // The epilogue of tokens [first, last) of y and of the columns of blocks [first_block, last_block), from their sums:
-// [tokens][stride] from `first` and `first_block` on, of float, of BF16, or of int32 without compensation.
+// [tokens][stride] from `first` and `first_block` on, of float, of BF16, or of int32 without compensation; with scale
+// groups their totals, of float.
 // x_scales: [tokens] from `first` on.
 void finish_dense(const Linear& call, int64_t first, int64_t last, int64_t first_block, int64_t last_block,
                   Number sum_type, const void* sums, int64_t stride, const float* x_scales);

@@ -102,7 +102,7 @@ SPARSE24_INLINE void decode_chunk(const uint8_t* chunk, uint16_t* rows, int64_t 
 
 // ---- Chunks of integer weights: 64 columns, for each row eight quads of values ----
 
-// Of I8 those of groups 2 * quad and 2 * quad + 1; of I4 those of group `quad`, eight columns.
+// Of I4 those of group `quad`, eight columns; of I8 and I4_TWO_FOUR those of groups 2 * quad and 2 * quad + 1.
 template <Element WEIGHT>
 SPARSE24_INLINE __m128i load_quad(const uint8_t* values, int quad, int row) {
   if constexpr (WEIGHT == Element::I8) return load_32(values + (quad * BLOCK_ROWS + row) * 4);
@@ -120,7 +120,7 @@ SPARSE24_INLINE void decode_quads(const uint8_t* chunk, Value* rows, int64_t str
       __m128i values = load_quad<WEIGHT>(chunk + chunk_codes_bytes(WEIGHT), quad, row);
       constexpr bool FLOATS = sizeof(Value) == 4;
       if constexpr (FLOATS) values = _mm_castps_si128(_mm_cvtepi32_ps(_mm_cvtepi8_epi32(values)));
-      if constexpr (WEIGHT == Element::I8) {
+      if constexpr (WEIGHT != Element::I4) {
         const uint8_t* const codes = chunk + quad / 4 * CODES_BYTES;
         const uint32_t first = code_at(codes, row, 2 * quad % 8), second = code_at(codes, row, 2 * quad % 8 + 1);
         if constexpr (FLOATS) {
@@ -150,6 +150,10 @@ template <>
 SPARSE24_INLINE void decode_chunk<Element::I4>(const uint8_t* chunk, float* rows, int64_t stride) {
   decode_quads<Element::I4>(chunk, rows, stride);
 }
+template <>
+SPARSE24_INLINE void decode_chunk<Element::I4_TWO_FOUR>(const uint8_t* chunk, float* rows, int64_t stride) {
+  decode_quads<Element::I4_TWO_FOUR>(chunk, rows, stride);
+}
 template <Element WEIGHT>
 SPARSE24_INLINE void decode_chunk(const uint8_t* chunk, int8_t* rows, int64_t stride) {
   decode_quads<WEIGHT>(chunk, rows, stride);
@@ -159,7 +163,7 @@ SPARSE24_INLINE void decode_chunk(const uint8_t* chunk, int8_t* rows, int64_t st
 
 template <Element WEIGHT, class Value>
 void decode_block(const Linear& call, int64_t block, Value* rows, int64_t stride) {
-  const uint8_t* chunk = call.packed + block * block_bytes(WEIGHT, call.in_features);
+  const uint8_t* chunk = call.packed + block * block_bytes(call);
   const uint8_t* const end = chunk + chunk_count(WEIGHT, call.in_features) * chunk_bytes(WEIGHT);
   for (; chunk < end; chunk += chunk_bytes(WEIGHT), rows += chunk_columns(WEIGHT)) {
     decode_chunk<WEIGHT>(chunk, rows, stride);
@@ -176,8 +180,10 @@ void decode_floats(const Linear& call, int64_t block, float* rows, int64_t strid
       return decode_block<Element::BF16>(call, block, rows, stride);
     case Element::I8:
       return decode_block<Element::I8>(call, block, rows, stride);
-    default:
+    case Element::I4:
       return decode_block<Element::I4>(call, block, rows, stride);
+    default:
+      return decode_block<Element::I4_TWO_FOUR>(call, block, rows, stride);
   }
 }
 

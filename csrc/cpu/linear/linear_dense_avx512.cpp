@@ -6,11 +6,11 @@ namespace sparse24::cpu {
 namespace {
 
 void finish_floats(const Linear& call, const Tile& tile, int64_t block, const float* sums) {
-  finish_for<false>(call.epilogue.activation)(call, tile, block, reinterpret_cast<const __m512i*>(sums));
+  finish_for<false>(call)(call, tile, block, reinterpret_cast<const __m512i*>(sums));
 }
 
 void finish_integers(const Linear& call, const Tile& tile, int64_t block, const int32_t* sums) {
-  finish_for<true>(call.epilogue.activation)(call, tile, block, reinterpret_cast<const __m512i*>(sums));
+  finish_for<true>(call)(call, tile, block, reinterpret_cast<const __m512i*>(sums));
 }
 
 }  // namespace

@@ -91,8 +91,8 @@ void multiply_strips(const Linear& call, const Tile& tile) {
   constexpr int ROWS = STRIPS * STRIP_ROWS, COLUMNS = chunk_columns(WEIGHT), CHUNK_BYTES = chunk_bytes(WEIGHT);
   constexpr int SLICE_CHUNKS = SLICE_BYTES / (COLUMNS * ROWS * static_cast<int>(sizeof(float)));
   const int64_t chunks = chunk_count(WEIGHT, call.in_features);
-  const int64_t bytes = block_bytes(WEIGHT, call.in_features);
-  const Finish finish = finish_for<false>(call.epilogue.activation);
+  const int64_t bytes = block_bytes(call);
+  const Finish finish = finish_for<false>(call);
   alignas(64) float sums_of_run[RUN_BLOCKS][BLOCK_ROWS][ROWS];
   alignas(64) Values values[SLICE_CHUNKS];
 

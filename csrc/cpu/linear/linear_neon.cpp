@@ -106,13 +106,15 @@ void multiply(const Linear& call, const Tile& tile) {
   constexpr int GROUPS = COLUMNS / group_columns(pattern_of(Dot::WEIGHT));
   constexpr int QUARTER_BYTES = Dot::WEIGHT == Element::F16 ? 8 : 16;  // four rows of a vector of values
   const int64_t unit_stride = tile.panel_rows * UNIT_BYTES;
+  const int64_t chunks = chunk_count(Dot::WEIGHT, call.in_features), shared = group_chunks(call);
   for (int64_t block = tile.first_block; block < tile.last_block; ++block) {
     typename Dot::Number results[PANEL_ROWS][BLOCK_ROWS];
+    float totals[PANEL_ROWS][BLOCK_ROWS] = {};
     for (int row = 0; row < tile.rows; ++row) {
-      const uint8_t* w = call.packed + block * block_bytes(Dot::WEIGHT, call.in_features);
+      const uint8_t* w = call.packed + block * block_bytes(call);
       const uint8_t* x = tile.panel + row * UNIT_BYTES;
       typename Dot::Sum sums[QUARTERS] = {};
-      for (int64_t chunk = 0; chunk < chunk_count(Dot::WEIGHT, call.in_features); ++chunk) {
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         for (int group = 0; group < GROUPS; group += Dot::GROUPS) {
           const int at = group * Dot::GROUP_BYTES;
           const uint8_t* const columns = x + at / UNIT_BYTES * unit_stride + at % UNIT_BYTES;
@@ -124,10 +126,21 @@ void multiply(const Linear& call, const Tile& tile) {
         }
         w += chunk_bytes(Dot::WEIGHT);
         x += COLUMNS * (Dot::PANEL == Element::F32 ? 4 : 1) / UNIT_BYTES * unit_stride;
+        if (call.group_size && ((chunk + 1) % shared == 0 || chunk + 1 == chunks)) {
+          for (int quarter = 0; quarter < QUARTERS; ++quarter) {
+            Dot::store(results[row] + 4 * quarter, sums[quarter]);
+            sums[quarter] = typename Dot::Sum{};
+          }
+          portable_add_group(call, 1, block, chunk / shared, results[row], totals[row]);
+        }
       }
       for (int quarter = 0; quarter < QUARTERS; ++quarter) Dot::store(results[row] + 4 * quarter, sums[quarter]);
     }
-    portable_finish(call, tile, block, &results[0][0]);
+    if (call.group_size) {
+      portable_finish(call, tile, block, &totals[0][0]);
+    } else {
+      portable_finish(call, tile, block, &results[0][0]);
+    }
   }
 }
 
@@ -145,6 +158,7 @@ const Kernels* neon_kernels(Element weight, bool weight_only, Element x_element)
   static const Kernels BF16 = kernels_of<FloatDot<Element::BF16>>(false, Element::F32);
   static const Kernels I8_ONLY = kernels_of<FloatDot<Element::I8>>(true, Element::F32);
   static const Kernels I4_ONLY = kernels_of<FloatDot<Element::I4>>(true, Element::F32);
+  static const Kernels I4_TWO_FOUR = kernels_of<FloatDot<Element::I4_TWO_FOUR>>(true, Element::F32);
   static const Kernels I8[] = {kernels_of<IntegerDot<Element::I8>>(false, Element::F32),
                                kernels_of<IntegerDot<Element::I8>>(false, Element::I8)};
   static const Kernels I4[] = {kernels_of<IntegerDot<Element::I4>>(false, Element::F32),
@@ -159,6 +173,8 @@ const Kernels* neon_kernels(Element weight, bool weight_only, Element x_element)
       return weight_only ? &I8_ONLY : &I8[int8_x];
     case Element::I4:
       return weight_only ? &I4_ONLY : &I4[int8_x];
+    case Element::I4_TWO_FOUR:
+      return &I4_TWO_FOUR;
     default:
       return &F32;
   }

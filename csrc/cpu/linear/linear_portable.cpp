@@ -110,7 +110,7 @@ using Sum = std::conditional_t<PANEL == Element::I8, uint32_t, float>;
 // The value in `slot` of `row`.
 template <Element WEIGHT>
 float value_at(const uint8_t* values, int slot, int row) {
-  if constexpr (WEIGHT == Element::I4) {
+  if constexpr (is_int4(WEIGHT)) {
     const int byte = values[(slot / 8 * BLOCK_ROWS + row) * 4 + slot % 4];
     return static_cast<float>(static_cast<int8_t>(byte << (slot / 4 % 2 == 0 ? 4 : 0)) >> 4);
   } else {
@@ -150,12 +150,15 @@ template <Element WEIGHT, Element PANEL>
 void multiply(const Linear& call, const Tile& tile) {
   using PanelValue = std::conditional_t<PANEL == Element::I8, uint8_t, float>;
   constexpr int COLUMNS = chunk_columns(WEIGHT), UNIT = UNIT_BYTES / sizeof(PanelValue);
-  const int64_t bytes = block_bytes(WEIGHT, call.in_features);
+  using Finished = std::conditional_t<PANEL == Element::I8, int32_t, float>;
+  const int64_t bytes = block_bytes(call), chunks = chunk_count(WEIGHT, call.in_features);
+  const int64_t shared = group_chunks(call);
   for (int64_t block = tile.first_block; block < tile.last_block; ++block) {
     const uint8_t* w = call.packed + block * bytes;
     const uint8_t* unit = tile.panel;
     Sum<PANEL> sums[PANEL_ROWS][BLOCK_ROWS] = {};
-    for (int64_t chunk = 0; chunk < chunk_count(WEIGHT, call.in_features); ++chunk, w += chunk_bytes(WEIGHT)) {
+    float totals[PANEL_ROWS][BLOCK_ROWS] = {};
+    for (int64_t chunk = 0; chunk < chunks; ++chunk, w += chunk_bytes(WEIGHT)) {
       const Chunk<WEIGHT, PANEL> decoded(w);
       for (int token = 0; token < tile.rows; ++token) {
         PanelValue x[COLUMNS];
@@ -169,16 +172,28 @@ void multiply(const Linear& call, const Tile& tile) {
         }
       }
       unit += COLUMNS / UNIT * tile.panel_rows * UNIT_BYTES;
+      if (call.group_size && ((chunk + 1) % shared == 0 || chunk + 1 == chunks)) {
+        const auto group_sums = reinterpret_cast<const Finished*>(sums);
+        portable_add_group(call, tile.rows, block, chunk / shared, group_sums, &totals[0][0]);
+        std::memset(sums, 0, sizeof sums);
+      }
     }
-    if constexpr (PANEL == Element::I8) {
-      portable_finish(call, tile, block, reinterpret_cast<const int32_t*>(sums));
+    if (call.group_size) {
+      portable_finish(call, tile, block, &totals[0][0]);
     } else {
-      portable_finish(call, tile, block, &sums[0][0]);
+      portable_finish(call, tile, block, reinterpret_cast<const Finished*>(sums));
     }
   }
 }
 
 // ---- The epilogue ----
+
+// The sum of the products of integers, from what a kernel has of an I8 panel; `row` of the block.
+int32_t exact_sum(const Linear& call, int32_t sum, const uint8_t* compensations, int row) {
+  uint32_t compensation;
+  std::memcpy(&compensation, compensations + 4 * row, sizeof compensation);
+  return static_cast<int32_t>(static_cast<uint32_t>(sum) - compensation) >> sum_shift(call.weight);
+}
 
 // v = epilogue of a sum that is scaled already, for output feature n of token m; an I8 y is not rounded yet.
 void finish(const Linear& call, int64_t m, int64_t n, float v) {
@@ -206,26 +221,51 @@ void for_each_output(const Linear& call, const Tile& tile, int64_t block, const 
 }  // namespace
 
 void portable_finish(const Linear& call, const Tile& tile, int64_t block, const float* sums) {
-  const float* const scales = call.epilogue.scales;
+  const float* const scales = call.group_size ? nullptr : call.epilogue.scales;
+  const float* const x_scales = call.group_size ? tile.x_scales : nullptr;
   for_each_output(call, tile, block, [&](int token, int row, int64_t m, int64_t n) {
     const float sum = sums[token * BLOCK_ROWS + row];
-    finish(call, m, n, scales ? sum * scales[n] : sum);
+    finish(call, m, n, scales ? sum * scales[n] : x_scales ? sum * x_scales[token] : sum);
   });
 }
 
 void portable_finish(const Linear& call, const Tile& tile, int64_t block, const int32_t* sums) {
   const Epilogue& epilogue = call.epilogue;
-  const uint8_t* const block_end = call.packed + (block + 1) * block_bytes(call.weight, call.in_features);
+  const uint8_t* const compensations = compensation_of(call, block, 0);
   for_each_output(call, tile, block, [&](int token, int row, int64_t m, int64_t n) {
-    uint32_t compensation;
-    std::memcpy(&compensation, block_end - COMPENSATION_BYTES + 4 * row, sizeof compensation);
-    const uint32_t wrapped = static_cast<uint32_t>(sums[token * BLOCK_ROWS + row]) - compensation;
-    const int32_t sum = static_cast<int32_t>(wrapped) >> sum_shift(call.weight);
+    const int32_t sum = exact_sum(call, sums[token * BLOCK_ROWS + row], compensations, row);
     if (epilogue.y_type == Number::I32) {
       static_cast<int32_t*>(epilogue.y)[call.y_index(m, n)] = sum;
     } else {
       finish(call, m, n, static_cast<float>(sum) * (tile.x_scales[token] * epilogue.scales[n]));
     }
+  });
+}
+
+namespace {
+
+// Adds value(row of x, row of the block) * scale to each total that is one of W's.
+template <class Value>
+void add_group(const Linear& call, int rows, int64_t block, int64_t group, float* totals, const Value& value) {
+  const int64_t first = block * BLOCK_ROWS, out_features = call.epilogue.out_features;
+  const int count = static_cast<int>(std::min<int64_t>(BLOCK_ROWS, out_features - first));
+  const float* const scales = call.epilogue.scales + group * out_features + first;
+  for (int token = 0; token < rows; ++token) {
+    for (int row = 0; row < count; ++row) totals[token * BLOCK_ROWS + row] += value(token, row) * scales[row];
+  }
+}
+
+}  // namespace
+
+void portable_add_group(const Linear& call, int rows, int64_t block, int64_t group, const float* sums, float* totals) {
+  add_group(call, rows, block, group, totals, [&](int token, int row) { return sums[token * BLOCK_ROWS + row]; });
+}
+
+void portable_add_group(const Linear& call, int rows, int64_t block, int64_t group, const int32_t* sums,
+                        float* totals) {
+  const uint8_t* const compensations = compensation_of(call, block, group);
+  add_group(call, rows, block, group, totals, [&](int token, int row) {
+    return static_cast<float>(exact_sum(call, sums[token * BLOCK_ROWS + row], compensations, row));
   });
 }
 
@@ -242,6 +282,7 @@ const Kernels* portable_kernels(Element weight, bool weight_only, Element x_elem
                                 1,          pack_floats<true>, multiply<Element::BF16, Element::F32>};
   static constexpr Kernels I8_ONLY = floats(multiply<Element::I8, Element::F32>);
   static constexpr Kernels I4_ONLY = floats(multiply<Element::I4, Element::F32>);
+  static constexpr Kernels I4_TWO_FOUR = floats(multiply<Element::I4_TWO_FOUR, Element::F32>);
   static constexpr Kernels I8[] = {integers(quantize_rows, multiply<Element::I8, Element::I8>),
                                    integers(pack_int8, multiply<Element::I8, Element::I8>)};
   static constexpr Kernels I4[] = {integers(quantize_rows, multiply<Element::I4, Element::I8>),
@@ -256,6 +297,8 @@ const Kernels* portable_kernels(Element weight, bool weight_only, Element x_elem
       return weight_only ? &I8_ONLY : &I8[int8_x];
     case Element::I4:
       return weight_only ? &I4_ONLY : &I4[int8_x];
+    case Element::I4_TWO_FOUR:
+      return &I4_TWO_FOUR;
     default:
       return &F32;
   }

@@ -1,4 +1,4 @@
-// linear() in AVX-512 for I8 and I4 weights with float x: values become floats in registers, for all rows of a panel.
+// linear() in AVX-512 for weights of integers with float x: values become floats in registers, for all rows of a panel.
 #include "csrc/cpu/linear/linear_avx512.h"
 
 namespace sparse24::cpu {
@@ -22,8 +22,29 @@ alignas(64) constexpr Tables TABLES;
 
 // A chunk of 64 columns has 32 slots, 8 for each unit of 16 columns.
 
-struct I8FloatDot : FloatProducts {
-  static constexpr Element WEIGHT = Element::I8, PANEL = Element::F32;
+// The int4 values of slot `step` of the chunk whose values are `all`, as floats.
+template <bool ROOM>
+SPARSE24_INLINE __m512i nibble(const uint8_t* all, int step) {
+  const __m512i eight = _mm512_loadu_si512(all + step / 8 * 64);  // of two quads
+  const int at = step % 4 * 8 + step / 4 % 2 * 4;                 // of the nibble in its lane
+  const __m512i low = at <= 16 ? eight : _mm512_srli_epi32(eight, 16);
+  switch (at <= 16 ? at : at - 16) {
+    case 0:
+      return _mm512_castps_si512(float_of<ROOM, 4, 0>(low));
+    case 4:
+      return _mm512_castps_si512(float_of<ROOM, 4, 4>(low));
+    case 8:
+      return _mm512_castps_si512(float_of<ROOM, 4, 8>(low));
+    case 12:
+      return _mm512_castps_si512(float_of<ROOM, 4, 12>(low));
+    default:
+      return _mm512_castps_si512(float_of<ROOM, 4, 16>(low));
+  }
+}
+
+template <Element ELEMENT>
+struct TwoFourDot : FloatProducts {
+  static constexpr Element WEIGHT = ELEMENT, PANEL = Element::F32;
   static constexpr int STEPS = 32, UNIT_STEPS = 8;
 
   template <bool ROOM>
@@ -35,12 +56,13 @@ struct I8FloatDot : FloatProducts {
 
   template <bool ROOM>
   static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
-    const __m512i four = _mm512_loadu_si512(chunk + 2 * CODES_BYTES + step / 4 * 64);
-    return _mm512_castps_si512(float_of_byte<ROOM>(four, step % 4));
+    const uint8_t* const all = chunk + chunk_codes_bytes(WEIGHT);
+    if constexpr (is_int4(WEIGHT)) return nibble<ROOM>(all, step);
+    return _mm512_castps_si512(float_of_byte<ROOM>(_mm512_loadu_si512(all + step / 4 * 64), step % 4));
   }
 };
 
-struct I4FloatDot : FloatProducts {
+struct PairDot : FloatProducts {
   static constexpr Element WEIGHT = Element::I4, PANEL = Element::F32;
   static constexpr int STEPS = 32, UNIT_STEPS = 8;
 
@@ -53,31 +75,21 @@ struct I4FloatDot : FloatProducts {
 
   template <bool ROOM>
   static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
-    const __m512i eight = _mm512_loadu_si512(chunk + CODES_BYTES + step / 8 * 64);  // of two groups
-    const int at = step % 4 * 8 + step / 4 % 2 * 4;                                 // of the nibble in its lane
-    const __m512i low = at <= 16 ? eight : _mm512_srli_epi32(eight, 16);
-    switch (at <= 16 ? at : at - 16) {
-      case 0:
-        return _mm512_castps_si512(float_of<ROOM, 4, 0>(low));
-      case 4:
-        return _mm512_castps_si512(float_of<ROOM, 4, 4>(low));
-      case 8:
-        return _mm512_castps_si512(float_of<ROOM, 4, 8>(low));
-      case 12:
-        return _mm512_castps_si512(float_of<ROOM, 4, 12>(low));
-      default:
-        return _mm512_castps_si512(float_of<ROOM, 4, 16>(low));
-    }
+    return nibble<ROOM>(chunk + CODES_BYTES, step);
   }
 };
 
-constexpr Kernels I8_KERNELS = kernels_of<I8FloatDot>(pack_floats<false>);
-constexpr Kernels I4_KERNELS = kernels_of<I4FloatDot>(pack_floats<false>);
+constexpr Kernels I8_KERNELS = kernels_of<TwoFourDot<Element::I8>>(pack_floats<false>);
+constexpr Kernels I4_KERNELS = kernels_of<PairDot>(pack_floats<false>);
+constexpr Kernels I4_TWO_FOUR_KERNELS = kernels_of<TwoFourDot<Element::I4_TWO_FOUR>>(pack_floats<false>);
 
 }  // namespace
 
 const Kernels* avx512_weight_only_kernels(Element weight) {
-  return weight == Element::I8 ? &I8_KERNELS : weight == Element::I4 ? &I4_KERNELS : nullptr;
+  return weight == Element::I8   ? &I8_KERNELS
+         : weight == Element::I4 ? &I4_KERNELS
+         : is_int4(weight)       ? &I4_TWO_FOUR_KERNELS
+                                 : nullptr;
 }
 
 }  // namespace sparse24::cpu
