@@ -30,17 +30,6 @@ class _Names(dict[torch.dtype, str]):
     def __missing__(self, dtype: torch.dtype) -> str:
         return str(dtype)
 
-    def of_weight(self, dtype: torch.dtype, pattern: str | None) -> str:
-        """The same of a weight that products take in this pattern; by default int4 in pair 4:8, others in 2:4."""
-        name = self[dtype]
-        names = {"2:4": name, "1:2": name}
-        if name == "int4":
-            names = {"pair 4:8": name, "2:4": "int4-2:4", "1:2": "int4-2:4"}
-        if pattern is not None and pattern not in names:
-            rule = " or ".join(map(repr, names))
-            raise RuntimeError(f"pattern must be {rule} for a weight of {name}; got {pattern!r}")
-        return name if pattern is None else names[pattern]
-
 
 NAMES = _Names(
     {
@@ -52,3 +41,23 @@ NAMES = _Names(
         torch.uint8: "int4",  # how int4 lies in memory
     }
 )
+
+
+class _WeightNames(dict[tuple[torch.dtype, str | None], str]):
+    """The same of a weight that products take, in a pattern; None: int4 in pair 4:8, others in 2:4."""
+
+    def __missing__(self, key: tuple[torch.dtype, str | None]) -> str:
+        dtype, pattern = key
+        if dtype not in NAMES:
+            return NAMES[dtype]
+        rule = " or ".join(repr(known) for other, known in self if other is dtype and known is not None)
+        raise RuntimeError(f"pattern must be {rule} for a weight of {NAMES[dtype]}; got {pattern!r}")
+
+
+WEIGHT_NAMES = _WeightNames()
+for _dtype, _name in NAMES.items():
+    WEIGHT_NAMES[_dtype, None] = _name
+    for _pattern in ("2:4", "1:2"):
+        WEIGHT_NAMES[_dtype, _pattern] = "int4-2:4" if _name == "int4" else _name
+    if _name == "int4":
+        WEIGHT_NAMES[_dtype, "pair 4:8"] = _name

@@ -31,6 +31,7 @@ from sparse24.rounding import quantize_by
 
 _ops = library.ops
 _NAMES = library.NAMES
+_WEIGHT_NAMES = library.WEIGHT_NAMES
 _linear = _ops.linear.default
 _linear_inference = _ops.linear_inference.default
 _linear_fused = _ops.linear_fused.default
@@ -113,7 +114,7 @@ def pack(
     group_size: the columns that will share scales in linear(), as it says; not on CUDA.
     Metadata is not checked (validate() does that), yet whatever it holds, nothing is read or written out of bounds.
     """
-    return _ops.pack(values, meta, in_features, _NAMES.of_weight(values.dtype, pattern), group_size or 0)
+    return _ops.pack(values, meta, in_features, _WEIGHT_NAMES[values.dtype, pattern], group_size or 0)
 
 
 def unpack(
@@ -126,7 +127,7 @@ def unpack(
     group_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """values, meta of a packed weight of element type `dtype`, exact to the bit; arguments as for pack()."""
-    return _ops.unpack(packed, out_features, in_features, _NAMES.of_weight(dtype, pattern), group_size or 0)
+    return _ops.unpack(packed, out_features, in_features, _WEIGHT_NAMES[dtype, pattern], group_size or 0)
 
 
 def linear(
@@ -175,7 +176,7 @@ def linear(
     of y's dtype (weight_only: W with its scales); on the CPU a bfloat16 W rounds x to bfloat16 first. Dropped entries
     of W contribute nothing, so 0 * Inf there gives no NaN.
     """
-    name, columns = _NAMES[dtype] if pattern is None else _NAMES.of_weight(dtype, pattern), group_size or 0
+    name, columns = _WEIGHT_NAMES[dtype, pattern], group_size or 0
     if residual is not None or out_dtype is not None or x_scales is not None or y_scale is not None:
         weight = (packed, out_features, in_features, name, weight_only, columns)
         return _linear_with(x, weight, bias, scales, x_scales, residual, y_scale, activation, out_dtype)
@@ -273,7 +274,7 @@ def conv2d_pack(
     channels, [out_channels * R * S, in_channels / groups]: groups of the pattern never straddle two positions. Dtypes
     and patterns as for pack(). conv2d_unpack() is the inverse.
     """
-    return _ops.conv2d_pack(values, meta, in_channels, groups, _NAMES.of_weight(values.dtype, pattern))
+    return _ops.conv2d_pack(values, meta, in_channels, groups, _WEIGHT_NAMES[values.dtype, pattern])
 
 
 def conv2d_unpack(
@@ -287,7 +288,7 @@ def conv2d_unpack(
     pattern: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """values, meta of a packed conv weight of element type `dtype`, exact to the bit."""
-    name = _NAMES.of_weight(dtype, pattern)
+    name = _WEIGHT_NAMES[dtype, pattern]
     return _ops.conv2d_unpack(packed, out_channels, in_channels, kernel_size, groups, name)
 
 
@@ -323,7 +324,7 @@ def conv2d(
     in_channels / groups * R * S.
     """
     geometry = (out_channels, in_channels, kernel_size, stride, padding, dilation, groups)
-    name = _NAMES.of_weight(dtype, pattern)
+    name = _WEIGHT_NAMES[dtype, pattern]
     if _wants_gradient("conv2d", x, bias, x_scales, residual, y_scale, out_dtype):
         plain = (None, None, None, *geometry, name, "none", weight_only, _out_name(x, None))
         return _finished(_conv2d(x, packed, bias, scales, *plain), residual, activation, out_dtype)
@@ -350,7 +351,7 @@ def cpu_choice(
     time, for torch's own product.
     """
     return _ops.cpu_choice(
-        _NAMES.of_weight(dtype, pattern), weight_only, _NAMES[x_dtype], tokens, out_features, in_features
+        _WEIGHT_NAMES[dtype, pattern], weight_only, _NAMES[x_dtype], tokens, out_features, in_features
     )
 
 

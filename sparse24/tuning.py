@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse24 import ops
-from sparse24.library import NAMES, cache_folder
+from sparse24.library import WEIGHT_NAMES, cache_folder
 from sparse24.library import ops as _ops
 from sparse24.nn import SparseLinear
 from sparse24.reporting import Report, progress
@@ -138,7 +138,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _key(layer: SparseLinear, tokens: int) -> tuple[Any, ...]:
-    types = (NAMES.of_weight(layer.weight_dtype, layer.pattern), layer.weight_only, _name(layer.dtype))
+    types = (WEIGHT_NAMES[layer.weight_dtype, layer.pattern], layer.weight_only, _name(layer.dtype))
     return (*types, tokens, layer.out_features, layer.in_features, ops.cpu_isa(), torch.get_num_threads())
 
 

@@ -148,8 +148,8 @@ MUTANTS = {
     "groups, AVX-512: the last group alone": Mutant(
         "test_linear",
         "csrc/cpu/linear/linear_avx512.h",
-        "if (call.group_size) add_group<INTEGER>(call, ROWS",
-        "if (call.group_size && is_last) add_group<INTEGER>(call, ROWS",
+        "if (call.group_size) add_group<",
+        "if (call.group_size && is_last) add_group<",
         "csrc/cpu/linear/linear_avx512.cpp",
     ),
     "groups, AVX-512: every group has the first one's scales": Mutant(
@@ -162,8 +162,8 @@ MUTANTS = {
     "groups, AVX-512: every group has the first one's compensation": Mutant(
         "test_linear",
         "csrc/cpu/linear/linear_avx512.h",
-        "compensation_of(call, block, group)",
-        "compensation_of(call, block, 0 * group)",
+        "first + group * COMPENSATION_BYTES",
+        "first + 0 * group * COMPENSATION_BYTES",
         "csrc/cpu/linear/linear_avx512.cpp",
     ),
     "groups, AVX-512: each group is cut as the last": Mutant(

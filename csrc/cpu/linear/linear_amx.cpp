@@ -320,10 +320,12 @@ struct Amx {
   // Adds the scaled sums of a scale group and of two blocks, or of one, to the totals, `totals` bytes behind them.
   static void add_groups(const Linear& call, int64_t block, int64_t last, int64_t group, const Strips& strips,
                          uint8_t* sums, int64_t totals) {
+    const int64_t bytes = block_bytes(call);
     for (int i = 0; i < 2 * strips.count; ++i, sums += TILE_BYTES) {
-      if (block + i % 2 >= last) continue;
-      add_group<INTEGER>(call, strips.height, block + i % 2, group, reinterpret_cast<const __m512i*>(sums),
-                         reinterpret_cast<__m512i*>(sums + totals));
+      const int64_t own = block + i % 2;
+      if (own >= last) continue;
+      add_group<WEIGHT, PANEL>(call, strips.height, own, call.packed + own * bytes, group,
+                               reinterpret_cast<const __m512i*>(sums), reinterpret_cast<__m512i*>(sums + totals));
     }
   }
 

@@ -66,21 +66,26 @@ SPARSE24_INLINE void store_planes(const Linear& call, int64_t token, int count, 
   }
 }
 
-// totals [rows] += sums * scales, of the scale group `group` of a block; the sums are float, or int32 as a panel of I8
-// has them.
-template <bool INTEGER>
-void add_group(const Linear& call, int rows, int64_t block, int64_t group, const __m512i* sums, __m512i* totals) {
+// totals [rows] += sums * scales, of the scale group `group` of a block, which begins at w; the sums are float, or
+// int32 as a panel of I8 has them.
+template <Element WEIGHT, Element PANEL>
+void add_group(const Linear& call, int rows, int64_t block, const uint8_t* w, int64_t group, const __m512i* sums,
+               __m512i* totals) {
   const Epilogue& epilogue = call.epilogue;
   const int64_t column = block * BLOCK_ROWS;
   const __m512 scales = _mm512_maskz_loadu_ps(first_lanes(epilogue.out_features - column),
                                               epilogue.scales + group * epilogue.out_features + column);
   __m512i compensation = _mm512_setzero_si512();
-  if constexpr (INTEGER) compensation = _mm512_loadu_si512(compensation_of(call, block, group));
-  const __m128i shift = _mm_cvtsi32_si128(sum_shift(call.weight));
+  if constexpr (PANEL == Element::I8) {
+    const uint8_t* const first = w + chunk_count(WEIGHT, call.in_features) * chunk_bytes(WEIGHT);
+    compensation = _mm512_loadu_si512(first + group * COMPENSATION_BYTES);
+  }
+  const auto sum = [&](int row) SPARSE24_LAMBDA {
+    if constexpr (PANEL != Element::I8) return _mm512_castsi512_ps(sums[row]);
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_sub_epi32(sums[row], compensation), sum_shift(WEIGHT)));
+  };
   for (int row = 0; row < rows; ++row) {
-    __m512 sum = _mm512_castsi512_ps(sums[row]);
-    if constexpr (INTEGER) sum = _mm512_cvtepi32_ps(_mm512_sra_epi32(_mm512_sub_epi32(sums[row], compensation), shift));
-    const __m512 total = _mm512_add_ps(_mm512_castsi512_ps(totals[row]), _mm512_mul_ps(sum, scales));
+    const __m512 total = _mm512_add_ps(_mm512_castsi512_ps(totals[row]), _mm512_mul_ps(sum(row), scales));
     totals[row] = _mm512_castps_si512(total);
   }
 }
@@ -189,13 +194,12 @@ void multiply_rows(const Linear& call, const Tile& tile) {
   // Independent sums per output, where rows alone are too few to hide the latency of the dot product.
   constexpr int SUMS = ROWS <= 4 ? 4 : ROWS <= 8 ? 2 : 1;
   constexpr bool ROOM = ROWS * SUMS <= 16;
-  constexpr bool INTEGER = Dot::PANEL == Element::I8;
   const int64_t chunks = chunk_count(Dot::WEIGHT, call.in_features), shared = group_chunks(call);
   const int64_t bytes = block_bytes(call);
   const int64_t ahead = prefetch_distance<Dot::WEIGHT, ROWS>(block_count(call.epilogue.out_features) * bytes);
   // Of the last chunk, the second half may be filling alone.
   const bool half = (call.in_features + COLUMNS / 2 - 1) / (COLUMNS / 2) % 2 == 1;
-  const Finish finish = finish_for<INTEGER>(call);
+  const Finish finish = finish_for<Dot::PANEL == Element::I8>(call);
 
   for (int64_t block = tile.first_block; block < tile.last_block; ++block) {
     const uint8_t* w = call.packed + block * bytes;
@@ -242,11 +246,12 @@ void multiply_rows(const Linear& call, const Tile& tile) {
         results[row] = sums[row][0];
       }
       if constexpr (is_integer(Dot::WEIGHT)) {
-        if (call.group_size) add_group<INTEGER>(call, ROWS, block, group, results, totals);
+        const uint8_t* const whole = call.packed + block * bytes;
+        if (call.group_size) add_group<Dot::WEIGHT, Dot::PANEL>(call, ROWS, block, whole, group, results, totals);
       }
       if (is_last) break;
     }
-    finish(call, tile, block, call.group_size ? totals : results);
+    finish(call, tile, block, is_integer(Dot::WEIGHT) && call.group_size ? totals : results);
   }
 }
 
