@@ -73,9 +73,8 @@ bool is_float(ScalarType type) {
 bool is_integer(Element element) { return element == Element::I8 || is_int4(element); }
 
 void check_group_size(int64_t group_size, Element element) {
-  constexpr int64_t QUANTUM = 64;  // columns of a chunk of the CPU's packed form
-  REQUIRE(group_size >= 0 && group_size % QUANTUM == 0, "group_size must be a positive multiple of ", QUANTUM,
-          ", or None; got ", group_size);
+  REQUIRE(group_size >= 0 && group_size % cpu::GROUP_QUANTUM == 0, "group_size must be a positive multiple of ",
+          cpu::GROUP_QUANTUM, ", or None; got ", group_size);
   REQUIRE(group_size == 0 || is_integer(element), "group_size is for an int8 or int4 weight; got ", group_size,
           " for another");
 }
