@@ -234,8 +234,8 @@ MUTANTS = {
     "linear, AVX-512: the control of the next chunk is this chunk's": Mutant(
         "test_linear",
         "csrc/cpu/linear/linear_avx512.h",
-        "Dot::template control<ROOM>(w + CHUNK_BYTES, 0)",
-        "Dot::template control<ROOM>(w, 0)",
+        "Dot::template control<ROOM>(part.next_codes, 0)",
+        "Dot::template control<ROOM>(part.codes, 0)",
         "csrc/cpu/linear/linear_avx512.cpp",
     ),
     "linear, AVX-512: the last columns are stored unmasked": Mutant(
@@ -280,7 +280,11 @@ MUTANTS = {
         "_mm512_set1_epi8(-1)",
     ),
     "linear, AVX-512: the second group's codes in a weight alone": Mutant(
-        "test_linear", "csrc/cpu/linear/linear_weight_only_avx512.cpp", "chunk + step / 16 * CODES_BYTES", "chunk"
+        "test_linear",
+        "csrc/cpu/linear/linear_avx512.h",
+        "w + second * Dot::PART_CODES, w + CODES",
+        "w + 0 * second, w + CODES",
+        "csrc/cpu/linear/linear_weight_only_avx512.cpp",
     ),
     "linear, BF16: the pairs of int4 are swapped": Mutant(
         "test_linear",

@@ -51,7 +51,7 @@ def test_names_no_folder_of_the_machine_that_built_it() -> None:
 
 
 def test_libraries_are_small() -> None:
-    assert LIBRARY.stat().st_size < 18 << 20
+    assert LIBRARY.stat().st_size < 16 << 20
     assert LIBRARY.with_name("libsparse24ptx.so").stat().st_size < 4 << 20
 
 

@@ -26,19 +26,18 @@ alignas(64) constexpr FloatTables FLOAT_TABLES;
 template <Element ELEMENT>
 struct FloatDot : FloatProducts {
   static constexpr Element WEIGHT = ELEMENT, PANEL = Element::F32;
-  static constexpr int STEPS = 16, UNIT_STEPS = 8;
+  static constexpr int STEPS = 16, UNIT_STEPS = 8, PARTS = 1;
 
   template <bool ROOM>
-  static SPARSE24_INLINE __m512i control(const uint8_t* chunk, int step) {
-    const __m512i codes = _mm512_srli_epi32(_mm512_loadu_si512(chunk), 2 * step);
+  static SPARSE24_INLINE __m512i control(const uint8_t* all, int step) {
+    const __m512i codes = _mm512_srli_epi32(_mm512_loadu_si512(all), 2 * step);
     const __m512i group = constant<ROOM>(FLOAT_TABLES.group[step / 2 % 4]);
     return _mm512_ternarylogic_epi32(codes, constant<ROOM>(FLOAT_TABLES.index), group,
                                      0xEA);  // (codes & index) | group
   }
 
   template <bool ROOM>
-  static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
-    const uint8_t* all = chunk + CODES_BYTES;
+  static SPARSE24_INLINE __m512i values(const uint8_t* all, int step) {
     if constexpr (ELEMENT == Element::F32) return _mm512_loadu_si512(all + 64 * step);
     if constexpr (ELEMENT == Element::F16) {
       return _mm512_castps_si512(
@@ -65,19 +64,19 @@ alignas(64) constexpr I8Tables I8_TABLES;
 // acc += permute(x, control) . values, four columns of two groups a lane, x unsigned.
 struct I8Dot {
   static constexpr Element WEIGHT = Element::I8, PANEL = Element::I8;
-  static constexpr int STEPS = 8, UNIT_STEPS = 8;
+  static constexpr int STEPS = 8, UNIT_STEPS = 8, PARTS = 1;
 
   template <bool ROOM>
-  static SPARSE24_INLINE __m512i control(const uint8_t* chunk, int step) {
+  static SPARSE24_INLINE __m512i control(const uint8_t* all, int step) {
     const __m512i codes = _mm512_multishift_epi64_epi8(constant<ROOM>(I8_TABLES.bits[step % 4]),
-                                                       _mm512_loadu_si512(chunk + step / 4 * CODES_BYTES));
+                                                       _mm512_loadu_si512(all + step / 4 * CODES_BYTES));
     const __m512i group = constant<ROOM>(I8_TABLES.group[step]);
     return _mm512_ternarylogic_epi32(codes, _mm512_set1_epi8(3), group, 0xEA);  // (codes & 3) | group
   }
 
   template <bool ROOM>
-  static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
-    return _mm512_loadu_si512(chunk + chunk_codes_bytes(Element::I8) + 64 * step);
+  static SPARSE24_INLINE __m512i values(const uint8_t* all, int step) {
+    return _mm512_loadu_si512(all + 64 * step);
   }
 
   static SPARSE24_INLINE void add(__m512i& acc, __m512i control, const uint8_t* x, __m512i values) {
@@ -108,18 +107,18 @@ alignas(64) constexpr I4Tables I4_TABLES;
 // acc += permute(x, control) . 16 values, the four columns of a group a lane, x unsigned.
 struct I4Dot {
   static constexpr Element WEIGHT = Element::I4, PANEL = Element::I8;
-  static constexpr int STEPS = 8, UNIT_STEPS = 8;
+  static constexpr int STEPS = 8, UNIT_STEPS = 8, PARTS = 1;
 
   template <bool ROOM>
-  static SPARSE24_INLINE __m512i control(const uint8_t* chunk, int step) {
+  static SPARSE24_INLINE __m512i control(const uint8_t* all, int step) {
     // vpermd reads the low four bits of each lane: one code.
-    const __m512i codes = _mm512_srli_epi32(_mm512_loadu_si512(chunk), 4 * step);
+    const __m512i codes = _mm512_srli_epi32(_mm512_loadu_si512(all), 4 * step);
     return _mm512_permutexvar_epi32(codes, constant<ROOM>(I4_TABLES.pairs[step]));
   }
 
   template <bool ROOM>
-  static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
-    const __m512i both = _mm512_loadu_si512(chunk + CODES_BYTES + step / 2 * 64);  // groups step & ~1 and step | 1
+  static SPARSE24_INLINE __m512i values(const uint8_t* all, int step) {
+    const __m512i both = _mm512_loadu_si512(all + step / 2 * 64);  // groups step & ~1 and step | 1
     const __m512i high = step % 2 == 0 ? _mm512_slli_epi32(both, 4) : both;
     return _mm512_and_si512(high, _mm512_set1_epi8(static_cast<char>(0xf0)));
   }

@@ -185,12 +185,21 @@ SPARSE24_INLINE void prefetch_y(const Linear& call, const Tile& tile, int64_t bl
   }
 }
 
-// Dot gives the element types WEIGHT and PANEL, how many vectors of values a chunk has (STEPS), how many of those meet
-// one unit of x (UNIT_STEPS), and how to read codes and values, to multiply and to sum. Registers are __m512i
-// throughout, whether their lanes are floats or integers.
+// What is unrolled: a chunk, or one of its two halves, which are alike: codes PART_CODES bytes on, and half of the
+// values.
+struct Part {
+  const uint8_t *begin, *codes, *values, *next_codes;
+};
+
+// Dot gives the element types WEIGHT and PANEL, how many PARTS a chunk has and how many vectors of values a part
+// (STEPS), how many of those meet one unit of x (UNIT_STEPS), and how to read codes and values, to multiply and to sum.
+// Registers are __m512i throughout, whether their lanes are floats or integers.
 template <class Dot, int ROWS>
 void multiply_rows(const Linear& call, const Tile& tile) {
-  constexpr int CHUNK_BYTES = chunk_bytes(Dot::WEIGHT), LINES = CHUNK_BYTES / 64, COLUMNS = chunk_columns(Dot::WEIGHT);
+  constexpr int CHUNK_BYTES = chunk_bytes(Dot::WEIGHT), LINES = (CHUNK_BYTES / 64 + Dot::PARTS - 1) / Dot::PARTS;
+  constexpr int CODES = chunk_codes_bytes(Dot::WEIGHT), VALUES = CHUNK_BYTES - CODES;
+  constexpr int COLUMNS = chunk_columns(Dot::WEIGHT);
+  constexpr int PART_X_BYTES = Dot::STEPS / Dot::UNIT_STEPS * ROWS * UNIT_BYTES;
   // Independent sums per output, where rows alone are too few to hide the latency of the dot product.
   constexpr int SUMS = ROWS <= 4 ? 4 : ROWS <= 8 ? 2 : 1;
   constexpr bool ROOM = ROWS * SUMS <= 16;
@@ -212,32 +221,45 @@ void multiply_rows(const Linear& call, const Tile& tile) {
       const int64_t end = std::min(begin + shared, chunks);
       const bool is_last = end == chunks, cut = is_last && half;
       __m512i sums[ROWS][SUMS] = {};
-      const auto multiply_step = [&](int step) SPARSE24_LAMBDA {
+      const auto multiply_step = [&](int step, const Part& part) SPARSE24_LAMBDA {
         if constexpr (ROWS >= PREFETCH_MIN_ROWS) {
           for (int line = LINES * step / Dot::STEPS; line < LINES * (step + 1) / Dot::STEPS; ++line) {
-            __builtin_prefetch(w + ahead + 64 * line, 0, 2);
+            __builtin_prefetch(part.begin + ahead + 64 * line, 0, 2);
           }
         }
         // One step ahead, and kept there: otherwise the FP scheduler fills with permutes that wait for their control.
-        __m512i next = step + 1 < Dot::STEPS ? Dot::template control<ROOM>(w, step + 1)
-                                             : Dot::template control<ROOM>(w + CHUNK_BYTES, 0);
+        __m512i next = step + 1 < Dot::STEPS ? Dot::template control<ROOM>(part.codes, step + 1)
+                                             : Dot::template control<ROOM>(part.next_codes, 0);
         asm volatile("" : "+v"(next));
-        const __m512i values = Dot::template values<ROOM>(w, step);
+        const __m512i values = Dot::template values<ROOM>(part.values, step);
 #pragma GCC unroll 32
         for (int row = 0; row < ROWS; ++row) {
           Dot::add(sums[row][step % SUMS], control, x + (step / Dot::UNIT_STEPS * ROWS + row) * UNIT_BYTES, values);
         }
         control = next;
       };
-      for (int64_t chunk = begin + cut; chunk < end; ++chunk) {
+      if constexpr (Dot::PARTS == 1) {
+        for (int64_t chunk = begin + cut; chunk < end; ++chunk, w += CHUNK_BYTES) {
+          const Part whole{w, w, w + CODES, w + CHUNK_BYTES};
 #pragma GCC unroll 32
-        for (int step = 0; step < Dot::STEPS; ++step) multiply_step(step);
-        w += CHUNK_BYTES;
-        x += Dot::STEPS / Dot::UNIT_STEPS * ROWS * UNIT_BYTES;
-      }
-      if (cut) {
+          for (int step = 0; step < Dot::STEPS; ++step) multiply_step(step, whole);
+          x += PART_X_BYTES;
+        }
+        if (cut) {
+          const Part whole{w, w, w + CODES, w + CHUNK_BYTES};
 #pragma GCC unroll 32
-        for (int step = 0; step < Dot::STEPS / 2; ++step) multiply_step(step);
+          for (int step = 0; step < Dot::STEPS / 2; ++step) multiply_step(step, whole);
+        }
+      } else {
+        for (int64_t half_chunk = 2 * begin; half_chunk < 2 * end - cut; ++half_chunk) {
+          const int second = half_chunk % 2;
+          const Part part{w + second * LINES * 64, w + second * Dot::PART_CODES, w + CODES + second * VALUES / 2,
+                          second ? w + CHUNK_BYTES : w + Dot::PART_CODES};
+#pragma GCC unroll 32
+          for (int step = 0; step < Dot::STEPS; ++step) multiply_step(step, part);
+          x += PART_X_BYTES;
+          if (second) w += CHUNK_BYTES;
+        }
       }
 #pragma GCC unroll 32
       for (int row = 0; row < ROWS; ++row) {

@@ -36,35 +36,36 @@ struct Bf16Products {
 
 struct Bf16Dot : Bf16Products {
   static constexpr Element WEIGHT = Element::BF16, PANEL = Element::BF16;
-  static constexpr int STEPS = 8, UNIT_STEPS = 8;
+  static constexpr int STEPS = 8, UNIT_STEPS = 8, PARTS = 1;
 
   template <bool ROOM>
-  static SPARSE24_INLINE __m512i control(const uint8_t* chunk, int step) {
+  static SPARSE24_INLINE __m512i control(const uint8_t* all, int step) {
     // vpermd reads the low four bits of each lane: one code.
-    const __m512i codes = _mm512_srli_epi32(_mm512_loadu_si512(chunk), 4 * step);
+    const __m512i codes = _mm512_srli_epi32(_mm512_loadu_si512(all), 4 * step);
     return _mm512_permutexvar_epi32(codes, constant<ROOM>(BF16_TABLES.columns[step]));
   }
 
   template <bool ROOM>
-  static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
-    return _mm512_loadu_si512(chunk + CODES_BYTES + 64 * step);
+  static SPARSE24_INLINE __m512i values(const uint8_t* all, int step) {
+    return _mm512_loadu_si512(all + 64 * step);
   }
 };
 
-// A chunk of 64 columns has 16 pairs of slots, 8 for each unit of 32 columns.
+// A chunk of 64 columns has 16 pairs of slots, 8 for each unit of 32 columns. In 2:4 a unit has its own vector of
+// codes; in pair 4:8 half of each lane, and codes beyond it are not looked at.
 
 struct I8Bf16Dot : Bf16Products {
   static constexpr Element WEIGHT = Element::I8, PANEL = Element::BF16;
-  static constexpr int STEPS = 16, UNIT_STEPS = 8;
+  static constexpr int STEPS = 8, UNIT_STEPS = 8, PARTS = 2, PART_CODES = CODES_BYTES;
 
   template <bool ROOM>
-  static SPARSE24_INLINE __m512i control(const uint8_t* chunk, int step) {
-    return Bf16Dot::control<ROOM>(chunk + step / 8 * CODES_BYTES, step % 8);
+  static SPARSE24_INLINE __m512i control(const uint8_t* all, int step) {
+    return Bf16Dot::control<ROOM>(all, step);
   }
 
   template <bool ROOM>
-  static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
-    return bf16_of_bytes<ROOM>(_mm512_loadu_si512(chunk + 2 * CODES_BYTES + step / 2 * 64), step % 2 * 2);
+  static SPARSE24_INLINE __m512i values(const uint8_t* all, int step) {
+    return bf16_of_bytes<ROOM>(_mm512_loadu_si512(all + step / 2 * 64), step % 2 * 2);
   }
 };
 
@@ -90,17 +91,17 @@ alignas(64) constexpr I4Tables I4_TABLES;
 // lane, where one permute finds them.
 struct I4Bf16Dot : Bf16Products {
   static constexpr Element WEIGHT = Element::I4, PANEL = Element::BF16;
-  static constexpr int STEPS = 16, UNIT_STEPS = 8;
+  static constexpr int STEPS = 8, UNIT_STEPS = 8, PARTS = 2, PART_CODES = 2;
 
   template <bool ROOM>
-  static SPARSE24_INLINE __m512i control(const uint8_t* chunk, int step) {
-    const __m512i codes = _mm512_srli_epi32(_mm512_loadu_si512(chunk), step / 2 * 4);
-    return _mm512_permutexvar_epi32(codes, constant<ROOM>(I4_TABLES.columns[step % 8]));
+  static SPARSE24_INLINE __m512i control(const uint8_t* all, int step) {
+    const __m512i codes = _mm512_srli_epi32(_mm512_loadu_si512(all), step / 2 * 4);
+    return _mm512_permutexvar_epi32(codes, constant<ROOM>(I4_TABLES.columns[step]));
   }
 
   template <bool ROOM>
-  static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
-    const __m512i eight = _mm512_loadu_si512(chunk + CODES_BYTES + step / 4 * 64);
+  static SPARSE24_INLINE __m512i values(const uint8_t* all, int step) {
+    const __m512i eight = _mm512_loadu_si512(all + step / 4 * 64);
     const __m512i nibbles = _mm512_srli_epi16(eight, step % 2 * 8 + step / 2 % 2 * 4);
     return _mm512_permutexvar_epi16(nibbles, constant<ROOM>(I4_TABLES.number));
   }
@@ -127,20 +128,19 @@ alignas(64) constexpr QuadTables QUAD_TABLES;
 
 struct I4TwoFourBf16Dot : Bf16Products {
   static constexpr Element WEIGHT = Element::I4_TWO_FOUR, PANEL = Element::BF16;
-  static constexpr int STEPS = 16, UNIT_STEPS = 8;
+  static constexpr int STEPS = 8, UNIT_STEPS = 8, PARTS = 2, PART_CODES = CODES_BYTES;
 
   template <bool ROOM>
-  static SPARSE24_INLINE __m512i control(const uint8_t* chunk, int step) {
+  static SPARSE24_INLINE __m512i control(const uint8_t* all, int step) {
     const int quad = step / 2;
-    const __m512i codes = _mm512_multishift_epi64_epi8(constant<ROOM>(QUAD_TABLES.bits[quad % 4 * 2 + step % 2]),
-                                                       _mm512_loadu_si512(chunk + quad / 4 * CODES_BYTES));
-    return _mm512_ternarylogic_epi32(codes, constant<ROOM>(QUAD_TABLES.index),
-                                     constant<ROOM>(QUAD_TABLES.group[quad % 4]), 0xEA);  // (codes & index) | group
+    const __m512i codes = _mm512_multishift_epi64_epi8(constant<ROOM>(QUAD_TABLES.bits[step]), _mm512_loadu_si512(all));
+    return _mm512_ternarylogic_epi32(codes, constant<ROOM>(QUAD_TABLES.index), constant<ROOM>(QUAD_TABLES.group[quad]),
+                                     0xEA);  // (codes & index) | group
   }
 
   template <bool ROOM>
-  static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
-    return I4Bf16Dot::values<ROOM>(chunk + CODES_BYTES, step);
+  static SPARSE24_INLINE __m512i values(const uint8_t* all, int step) {
+    return I4Bf16Dot::values<ROOM>(all, step);
   }
 };
 

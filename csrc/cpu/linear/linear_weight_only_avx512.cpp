@@ -20,9 +20,10 @@ struct Tables {
 };
 alignas(64) constexpr Tables TABLES;
 
-// A chunk of 64 columns has 32 slots, 8 for each unit of 16 columns.
+// A chunk of 64 columns has 32 slots, 8 for each unit of 16 columns. In 2:4 half of them has its own vector of codes;
+// in pair 4:8 half of each lane, and codes beyond it are not looked at.
 
-// The int4 values of slot `step` of the chunk whose values are `all`, as floats.
+// The int4 values of slot `step` of those from `all` on, as floats.
 template <bool ROOM>
 SPARSE24_INLINE __m512i nibble(const uint8_t* all, int step) {
   const __m512i eight = _mm512_loadu_si512(all + step / 8 * 64);  // of two quads
@@ -45,18 +46,17 @@ SPARSE24_INLINE __m512i nibble(const uint8_t* all, int step) {
 template <Element ELEMENT>
 struct TwoFourDot : FloatProducts {
   static constexpr Element WEIGHT = ELEMENT, PANEL = Element::F32;
-  static constexpr int STEPS = 32, UNIT_STEPS = 8;
+  static constexpr int STEPS = 16, UNIT_STEPS = 8, PARTS = 2, PART_CODES = CODES_BYTES;
 
   template <bool ROOM>
-  static SPARSE24_INLINE __m512i control(const uint8_t* chunk, int step) {
-    const __m512i codes = _mm512_srli_epi32(_mm512_loadu_si512(chunk + step / 16 * CODES_BYTES), step % 16 * 2);
+  static SPARSE24_INLINE __m512i control(const uint8_t* all, int step) {
+    const __m512i codes = _mm512_srli_epi32(_mm512_loadu_si512(all), step * 2);
     return _mm512_ternarylogic_epi32(codes, constant<ROOM>(TABLES.index), constant<ROOM>(TABLES.group[step / 2 % 4]),
                                      0xEA);  // (codes & index) | group
   }
 
   template <bool ROOM>
-  static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
-    const uint8_t* const all = chunk + chunk_codes_bytes(WEIGHT);
+  static SPARSE24_INLINE __m512i values(const uint8_t* all, int step) {
     if constexpr (is_int4(WEIGHT)) return nibble<ROOM>(all, step);
     return _mm512_castps_si512(float_of_byte<ROOM>(_mm512_loadu_si512(all + step / 4 * 64), step % 4));
   }
@@ -64,18 +64,18 @@ struct TwoFourDot : FloatProducts {
 
 struct PairDot : FloatProducts {
   static constexpr Element WEIGHT = Element::I4, PANEL = Element::F32;
-  static constexpr int STEPS = 32, UNIT_STEPS = 8;
+  static constexpr int STEPS = 16, UNIT_STEPS = 8, PARTS = 2, PART_CODES = 2;
 
   // vpermd and vpermps read the low four bits of each lane: a code, a nibble.
   template <bool ROOM>
-  static SPARSE24_INLINE __m512i control(const uint8_t* chunk, int step) {
-    const __m512i codes = _mm512_srli_epi32(_mm512_loadu_si512(chunk), step / 4 * 4);
+  static SPARSE24_INLINE __m512i control(const uint8_t* all, int step) {
+    const __m512i codes = _mm512_srli_epi32(_mm512_loadu_si512(all), step / 4 * 4);
     return _mm512_permutexvar_epi32(codes, constant<ROOM>(TABLES.slot[step / 4 % 2][step % 4]));
   }
 
   template <bool ROOM>
-  static SPARSE24_INLINE __m512i values(const uint8_t* chunk, int step) {
-    return nibble<ROOM>(chunk + CODES_BYTES, step);
+  static SPARSE24_INLINE __m512i values(const uint8_t* all, int step) {
+    return nibble<ROOM>(all, step);
   }
 };
 
