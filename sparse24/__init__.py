@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sparse24.gradual import GradualPruning
     from sparse24.io import load, save
     from sparse24.mask_check import check_masks
+    from sparse24.onnx_export import export_onnx
     from sparse24.permutation import permute
     from sparse24.retraining import paper_skips, retrain
     from sparse24.training import train_sparse
@@ -35,6 +36,7 @@ __all__ = [
     "convert",
     "decompress",
     "emulate",
+    "export_onnx",
     "load",
     "load_tuned",
     "paper_skips",
@@ -65,6 +67,7 @@ _LATER = {  # imported when first used, so that `import sparse24` stays quick
     "chain": "chaining",
     "check_masks": "mask_check",
     "emulate": "emulation",
+    "export_onnx": "onnx_export",
     "load": "io",
     "load_tuned": "tuning",
     "paper_skips": "retraining",
