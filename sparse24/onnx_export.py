@@ -151,7 +151,9 @@ class _Exported(nn.Module):
 
 def _rounded(x: Tensor, scale: Tensor) -> Tensor:
     limit = scale * LEVELS[torch.int8]
-    operands = (x.float().clamp(-limit, limit), scale, torch.zeros((), dtype=torch.int8))
+    # Not x.clamp(): onnxscript 0.7 loses the operands of Min and Max where layers of different scales share an x.
+    clipped = _symbolic("Clip", (x.float(), -limit, limit), {}, dtype=torch.float32, shape=x.shape)
+    operands = (clipped, scale, torch.zeros((), dtype=torch.int8))
     return _dequantized(_symbolic("QuantizeLinear", operands, {}, dtype=torch.int8, shape=x.shape), scale)
 
 

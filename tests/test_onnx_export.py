@@ -37,7 +37,7 @@ def in_onnxruntime(path, x, level):
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    y, *_ = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     return torch.from_numpy(y)
 
 
@@ -194,6 +194,26 @@ def test_chained_layers_give_the_same_bits(tmp_path):
     assert_exported(model, x, tmp_path / "plain.onnx")
     assert [row.outcome for row in sparse24.chain(model, x).rows] == ["int8", "int8", "float"]
     assert_exported(model, x, tmp_path / "chained.onnx")
+
+
+class Attention(nn.Module):
+    """Three layers that round one x, each by its own scale."""
+
+    def __init__(self):
+        super().__init__()
+        static = FORMATS["int8 by tensor"]
+        self.norm = nn.LayerNorm(32, elementwise_affine=False)
+        self.parts = nn.ModuleList(sparse(nn.Linear(32, 32), {**static, "x_scale": 2.0**-i}) for i in (4, 5, 6))
+
+    def forward(self, x):
+        q, k, v = (part(self.norm(x)) for part in self.parts)
+        return q.relu() - k.relu() + v
+
+
+def test_layers_of_different_scales_share_an_x(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randint(0, 2, (3, 7, 32)) * 2.0 - 1  # which the norm leaves, but for its epsilon
+    assert_exported(Attention(), x, tmp_path / "a.onnx")
 
 
 def test_any_batch_where_asked_for(tmp_path):
